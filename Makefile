@@ -1,0 +1,35 @@
+# Everything runs in .venv, which the first command creates. Needs Python 3.11 or newer, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench format generate clean
+
+demo: .venv/demo  ## train on handwritten digits over gRPC, with 4 worker processes
+	$(BIN)/optserve demo
+
+test: .venv/dev  ## the whole test suite
+	$(BIN)/pytest
+
+check: .venv/dev  ## lint, types, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_proto.py
+
+bench: .venv/dev  ## measure against the memory's bandwidth and torch
+	$(BIN)/python -m benchmarks
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+generate: .venv/dev  ## client/optserve/v1 from proto/
+	$(BIN)/python proto/generate.py
+
+.venv/demo .venv/dev: .venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv

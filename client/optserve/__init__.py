@@ -1,0 +1,79 @@
+"""optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
+
+from optserve import optim
+from optserve._client import Client
+from optserve._errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    InvalidChunk,
+    InvalidGroup,
+    InvalidHyperparameter,
+    InvalidName,
+    InvalidTensor,
+    MessageOrder,
+    NoDataDirectory,
+    NonFiniteValue,
+    OptserveError,
+    OutcomeUnknown,
+    ParameterSetExists,
+    ParameterSetNotFound,
+    SequenceGap,
+    SequenceReused,
+    ServerBusy,
+    ServerError,
+    ServerUnavailable,
+    SessionSuperseded,
+    SpecificationMismatch,
+    TensorMismatch,
+    UnknownRule,
+)
+from optserve._parameter_set import ParameterSet
+from optserve._results import Description, Durability, GroupDescription, Parameters, Position, Receipt
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+
+__all__ = [
+    "Client",
+    "ClientClosed",
+    "DeadlineExceeded",
+    "Description",
+    "Durability",
+    "FailedPrecondition",
+    "GroupDescription",
+    "Holds",
+    "InvalidArgument",
+    "InvalidChunk",
+    "InvalidGroup",
+    "InvalidHyperparameter",
+    "InvalidName",
+    "InvalidTensor",
+    "MessageOrder",
+    "NoDataDirectory",
+    "NonFiniteValue",
+    "OptserveError",
+    "OutcomeUnknown",
+    "ParameterSet",
+    "ParameterSetExists",
+    "ParameterSetNotFound",
+    "ParameterSetSpec",
+    "Parameters",
+    "Position",
+    "Receipt",
+    "SequenceGap",
+    "SequenceReused",
+    "ServerBusy",
+    "ServerError",
+    "ServerUnavailable",
+    "SessionSuperseded",
+    "SpecificationMismatch",
+    "TensorMismatch",
+    "TensorSpec",
+    "UnknownRule",
+    "optim",
+]
+
+for _name in __all__:
+    if isinstance(_public := globals()[_name], type):
+        _public.__module__ = "optserve"  # tracebacks and reprs show the public name
+del _name, _public

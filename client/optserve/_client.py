@@ -1,0 +1,107 @@
+"""The client: a connection, and the calls that are about parameter sets as a whole."""
+
+import secrets
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from optserve._messages import decode_description, encode_spec
+from optserve._parameter_set import ParameterSet
+from optserve._results import Description
+from optserve._retry import retried
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
+from optserve._transport import connect
+from optserve._wire import Frame, pack
+from optserve.optim import Group, Optimizer
+from optserve.v1 import optimizer_service_pb2 as pb
+
+DEFAULT_TIMEOUT = 120.0  # seconds; long enough for a server to restart
+
+
+class Client:
+    """A connection to a server at `host:port` or `unix:/path`, or to an engine in this process at `:memory:`.
+
+    `timeout`, in seconds, bounds every call, including the attempts after a lost connection. Threads may share a client.
+    """
+
+    def __init__(self, address: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._transport = connect(address)
+        self._timeout = timeout
+        self._handles: weakref.WeakSet[ParameterSet] = weakref.WeakSet()
+        self.address = address
+
+    def __repr__(self) -> str:
+        return f"Client({self.address!r})"
+
+    def create_parameter_set(
+        self,
+        id: str,
+        parameters: Mapping[str, ArrayLike],
+        optimizer: Optimizer,
+        *,
+        groups: Sequence[Group] = (),
+        holds: Holds | str = Holds.PARAMETERS,
+        exist_ok: bool = False,
+    ) -> ParameterSet:
+        """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
+
+        `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates. With
+        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are.
+
+        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, NonFiniteValue, ParameterSetExists, or with
+        `exist_ok` SpecificationMismatch.
+        """
+        arrays = as_arrays(parameters)
+        specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))
+        self._transport.wait_until_ready(self._timeout)
+        self._transport.call("CreateParameterSet", _creation(spec, arrays, exist_ok), self._timeout)
+        return self._handle(spec, None)
+
+    def parameter_set(self, id: str, *, client_id: str | None = None) -> ParameterSet:
+        """A handle on an existing parameter set; raises ParameterSetNotFound.
+
+        `client_id` names the worker, unique among all; by default it is random. A worker that starts again under the same
+        name takes over from the one before.
+        """
+        request = pb.GetParameterSetRequest(id=check_set_id(id))
+        response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
+        return self._handle(decode_description(response.parameter_set).spec, client_id)
+
+    def list_parameter_sets(self) -> list[Description]:
+        """All parameter sets on the server, ordered by id."""
+        request = pb.ListParameterSetsRequest()
+        response = retried(lambda left: self._transport.call("ListParameterSets", request, left), self._timeout)
+        return [decode_description(message) for message in response.parameter_sets]
+
+    def close(self) -> None:
+        """Close every handle and the connection."""
+        for handle in list(self._handles):
+            handle.close()
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _handle(self, spec: ParameterSetSpec, client_id: str | None) -> ParameterSet:
+        client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
+        moments_only = spec.holds is Holds.MOMENTS
+        handle = ParameterSet(self._transport, spec.id, client_id, self._timeout, moments_only=moments_only)
+        self._handles.add(handle)
+        return handle
+
+
+def _creation(
+    spec: ParameterSetSpec, arrays: Mapping[str, np.ndarray[Any, Any]], exist_ok: bool
+) -> Iterator[Frame[pb.CreateParameterSetRequest]]:
+    yield Frame(pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok))
+    if spec.holds is Holds.PARAMETERS:
+        values = ((k, array.reshape(-1).view(np.uint8).data, array.itemsize) for k, array in enumerate(arrays.values()))
+        for payload in pack(values):
+            yield Frame(pb.CreateParameterSetRequest(), payload)

@@ -1,0 +1,172 @@
+"""Everything that can go wrong, as one tree shared by the server and the SDK.
+
+OptserveError
+├── InvalidArgument                the request can never succeed as it is
+│   ├── InvalidName                an id, or the name of a tensor, group or client
+│   ├── InvalidTensor              a tensor's dtype, shape or initial values
+│   ├── InvalidGroup               a group of tensors
+│   ├── UnknownRule                no such optimizer
+│   ├── InvalidHyperparameter      unknown, of the wrong type, out of range, or fixed for life
+│   ├── TensorMismatch             a push or pull names what the set does not have
+│   ├── InvalidChunk               bytes that are truncated, overlap, or miss their tensor
+│   ├── NonFiniteValue             NaN or infinity
+│   └── SequenceReused             one identity, two different gradients
+├── ParameterSetNotFound
+├── ParameterSetExists
+├── FailedPrecondition             the request came at the wrong moment
+│   ├── SpecificationMismatch      the set exists and is a different one
+│   ├── SequenceGap                pushes are missing before this one
+│   ├── MessageOrder               a stream's messages came in an illegal order
+│   └── NoDataDirectory            stable storage was asked of a server that has none
+├── SessionSuperseded              a newer stream of the same client took over
+├── ServerBusy                     try again later; the SDK does
+├── ServerUnavailable              no connection, or the server is draining; the SDK tries again
+├── OutcomeUnknown                 a push was sent, its receipt never came
+├── DeadlineExceeded
+├── ClientClosed
+└── ServerError                    the server failed; its log says why
+"""
+
+from typing import ClassVar
+
+
+class OptserveError(Exception):
+    """Base of all errors that optserve raises on purpose."""
+
+    code: ClassVar[str] = "INTERNAL"  # name of the gRPC status code
+    retryable: ClassVar[bool] = False
+
+    @classmethod
+    def reason(cls) -> str:
+        """Stable name for programs in any language: `TensorMismatch` is `TENSOR_MISMATCH`."""
+        return "".join(f"_{letter}" if letter.isupper() else letter for letter in cls.__name__)[1:].upper()
+
+
+class InvalidArgument(OptserveError, ValueError):
+    """The request can never succeed as it is; nothing changed."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class InvalidName(InvalidArgument):
+    """An id, or the name of a tensor, group or client, is ill-formed."""
+
+
+class InvalidTensor(InvalidArgument):
+    """A tensor's dtype, shape or initial values can't be used."""
+
+
+class InvalidGroup(InvalidArgument):
+    """A group of tensors is ill-formed, unknown, or claims nothing."""
+
+
+class UnknownRule(InvalidArgument):
+    """There is no optimizer of that name."""
+
+
+class InvalidHyperparameter(InvalidArgument):
+    """A hyperparameter is unknown, of the wrong type, out of range, or fixed for the life of its set."""
+
+
+class TensorMismatch(InvalidArgument):
+    """Names, shapes or dtypes differ from those that the set was created with."""
+
+
+class InvalidChunk(InvalidArgument):
+    """Tensor bytes are truncated, overlap, lie outside their tensor, or are incomplete."""
+
+
+class NonFiniteValue(InvalidArgument):
+    """A gradient or an initial value is NaN or infinite; the push was refused whole and its sequence is consumed."""
+
+
+class SequenceReused(InvalidArgument):
+    """A push came again under the same identity with other gradients."""
+
+
+class ParameterSetNotFound(OptserveError, LookupError):
+    """No parameter set has that id."""
+
+    code = "NOT_FOUND"
+
+
+class ParameterSetExists(OptserveError):
+    """A parameter set of that id exists already."""
+
+    code = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(OptserveError):
+    """The request is well-formed but came at the wrong moment; nothing changed."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class SpecificationMismatch(FailedPrecondition):
+    """The parameter set exists and was created from a different specification."""
+
+
+class SequenceGap(FailedPrecondition):
+    """Pushes are missing before this one."""
+
+
+class MessageOrder(FailedPrecondition):
+    """The messages of a stream came in an illegal order."""
+
+
+class NoDataDirectory(FailedPrecondition):
+    """Stable storage was asked of a server that runs without a data directory."""
+
+
+class SessionSuperseded(OptserveError):
+    """A newer stream of the same client took the session over; use one handle per worker."""
+
+    code = "ABORTED"
+
+
+class ServerBusy(OptserveError):
+    """The server has no room for this now; the same request may succeed later."""
+
+    code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class ServerUnavailable(OptserveError, ConnectionError):
+    """The server can't be reached or is draining; the same request may succeed later."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+
+
+class OutcomeUnknown(OptserveError):
+    """A push was sent and its receipt did not come in time; the handle's next push settles whether it was applied."""
+
+    code = "UNKNOWN"
+
+
+class DeadlineExceeded(OptserveError, TimeoutError):
+    """A call that changes nothing, or may be repeated, took longer than its timeout."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class ClientClosed(OptserveError):
+    """The client was closed before this call."""
+
+    code = "CANCELLED"
+
+
+class ServerError(OptserveError):
+    """The server failed in a way that it did not expect; its log has the details."""
+
+
+def _tree(root: type[OptserveError]) -> list[type[OptserveError]]:
+    return [root, *(error for child in root.__subclasses__() for error in _tree(child))]
+
+
+def error_from(code: str, reason: str | None, message: str) -> OptserveError:
+    """The error that a status code name, a reason and a message stand for; unknown reasons fall back on the code."""
+    errors = _tree(OptserveError)
+    by_reason = {error.reason(): error for error in errors}
+    by_code = {error.code: error for error in reversed(errors) if error not in (OptserveError, OutcomeUnknown)}
+    return by_reason.get(reason or "", by_code.get(code, ServerError))(message)

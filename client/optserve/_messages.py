@@ -1,0 +1,213 @@
+"""SDK values to protobuf messages and back: the control part of the wire. Tensor bytes are in `_wire`."""
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from optserve._dtypes import dtype_coded
+from optserve._errors import InvalidHyperparameter, error_from
+from optserve._results import Description, Durability, GroupDescription, Position, Receipt
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve.optim import Group, Optimizer, from_hyperparameters
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2, tensor_pb2
+
+_HOLDS = {Holds.PARAMETERS: parameter_set_pb2.HOLDS_PARAMETERS, Holds.MOMENTS: parameter_set_pb2.HOLDS_MOMENTS}
+
+_DURABILITY = {
+    Durability.MEMORY: parameter_set_pb2.DURABILITY_MEMORY,
+    Durability.JOURNAL: parameter_set_pb2.DURABILITY_JOURNAL,
+    Durability.CHECKPOINT: parameter_set_pb2.DURABILITY_CHECKPOINT,
+}
+
+
+def encode_value(value: Any) -> optimizer_pb2.Value:
+    """A hyperparameter's value as a message; raises InvalidHyperparameter for a type that does not travel."""
+    match value:
+        case None:
+            return optimizer_pb2.Value(null="NULL_VALUE")
+        case bool() | np.bool_():
+            return optimizer_pb2.Value(boolean=bool(value))
+        case int() | np.integer() if -(2**63) <= value < 2**63:
+            return optimizer_pb2.Value(integer=int(value))
+        case float() | np.floating():
+            return optimizer_pb2.Value(number=float(value))
+        case str():
+            return optimizer_pb2.Value(text=value)
+        case list() | tuple():
+            return optimizer_pb2.Value(list=optimizer_pb2.ValueList(values=map(encode_value, value)))
+    raise InvalidHyperparameter(
+        f"expected a number, a flag, a text, a list of these, or None; got {type(value).__name__}: {value!r}"
+    )
+
+
+def decode_value(message: optimizer_pb2.Value) -> Any:
+    """A hyperparameter's value from its message; an empty message is None."""
+    match message.WhichOneof("kind"):
+        case "list":
+            return [decode_value(value) for value in message.list.values]
+        case None | "null":
+            return None
+        case kind:
+            return getattr(message, kind)
+
+
+def encode_values(values: Mapping[str, Any]) -> dict[str, optimizer_pb2.Value]:
+    """Hyperparameters by name as messages; raises InvalidHyperparameter."""
+    return {name: encode_value(value) for name, value in values.items()}
+
+
+def decode_values(messages: Mapping[str, optimizer_pb2.Value]) -> dict[str, Any]:
+    """Hyperparameters by name from their messages."""
+    return {name: decode_value(message) for name, message in messages.items()}
+
+
+def encode_optimizer(optimizer: Optimizer) -> optimizer_pb2.Optimizer:
+    """An optimizer with all of its hyperparameters as a message."""
+    return optimizer_pb2.Optimizer(rule=optimizer.rule, hyperparameters=encode_values(optimizer.hyperparameters))
+
+
+def decode_optimizer(message: optimizer_pb2.Optimizer) -> Optimizer:
+    """An optimizer from its message; raises UnknownRule or InvalidHyperparameter."""
+    return from_hyperparameters(message.rule, decode_values(message.hyperparameters))
+
+
+def encode_changes(changes: Mapping[str, Mapping[str, Any]]) -> list[optimizer_pb2.GroupHyperparameters]:
+    """New hyperparameters by group and name as messages; raises InvalidHyperparameter."""
+    return [
+        optimizer_pb2.GroupHyperparameters(group=group, hyperparameters=encode_values(values))
+        for group, values in changes.items()
+    ]
+
+
+def decode_changes(messages: Iterable[optimizer_pb2.GroupHyperparameters]) -> dict[str, dict[str, Any]]:
+    """New hyperparameters by group and name from their messages."""
+    changes: dict[str, dict[str, Any]] = {}
+    for message in messages:
+        changes.setdefault(message.group or Group.DEFAULT, {}).update(decode_values(message.hyperparameters))
+    return changes
+
+
+def encode_tensors(tensors: Sequence[TensorSpec]) -> list[tensor_pb2.TensorSpec]:
+    """Tensor specifications as messages."""
+    return [tensor_pb2.TensorSpec(name=each.name, dtype=each.dtype.code, shape=each.shape) for each in tensors]
+
+
+def decode_tensor(message: tensor_pb2.TensorSpec) -> TensorSpec:
+    """A tensor's specification from its message; raises InvalidName or InvalidTensor."""
+    return TensorSpec(message.name, dtype_coded(message.dtype), tuple(message.shape))
+
+
+def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
+    """A parameter set's specification as a message."""
+    return parameter_set_pb2.ParameterSetSpec(
+        id=spec.id,
+        tensors=encode_tensors(spec.tensors),
+        optimizer=encode_optimizer(spec.optimizer),
+        groups=[
+            optimizer_pb2.Group(
+                name=group.name, tensors=group.tensors, hyperparameters=encode_values(group.hyperparameters)
+            )
+            for group in spec.groups
+        ],
+        holds=_HOLDS[spec.holds],
+    )
+
+
+def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec:
+    """A parameter set's specification from its message; raises InvalidArgument kinds."""
+    moments = message.holds == parameter_set_pb2.HOLDS_MOMENTS
+    return ParameterSetSpec(
+        id=message.id,
+        tensors=tuple(map(decode_tensor, message.tensors)),
+        optimizer=decode_optimizer(message.optimizer),
+        groups=tuple(
+            Group(group.name, *group.tensors, **decode_values(group.hyperparameters)) for group in message.groups
+        ),
+        holds=Holds.MOMENTS if moments else Holds.PARAMETERS,
+    )
+
+
+def encode_position(position: Position) -> parameter_set_pb2.Position:
+    """A position as a message."""
+    return parameter_set_pb2.Position(
+        incarnation=position.incarnation, version=position.version, durable_version=position.durable_version
+    )
+
+
+def decode_position(message: parameter_set_pb2.Position) -> Position:
+    """A position from its message."""
+    return Position(message.incarnation, message.version, message.durable_version)
+
+
+def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
+    """A receipt as a message."""
+    message = step_pb2.Receipt(
+        sequence=receipt.sequence,
+        position=encode_position(receipt.position),
+        applied=receipt.applied,
+        duplicate=receipt.duplicate,
+        staleness=receipt.staleness,
+        gradient_norm=receipt.gradient_norm,
+        learning_rates=receipt.learning_rates,
+        durability=_DURABILITY[receipt.durability],
+    )
+    if error := receipt.error:
+        number = grpc.StatusCode[error.code].value[0]
+        message.refusal.CopyFrom(step_pb2.Refusal(code=number, reason=error.reason(), message=str(error)))
+    return message
+
+
+def decode_receipt(message: step_pb2.Receipt) -> Receipt:
+    """A receipt from its message."""
+    error = None
+    if message.HasField("refusal"):
+        names = {code.value[0]: code.name for code in grpc.StatusCode}
+        refusal = message.refusal
+        error = error_from(names.get(refusal.code, "UNKNOWN"), refusal.reason, refusal.message)
+    return Receipt(
+        sequence=message.sequence,
+        position=decode_position(message.position),
+        applied=message.applied,
+        duplicate=message.duplicate,
+        staleness=message.staleness if message.HasField("staleness") else None,
+        gradient_norm=message.gradient_norm,
+        learning_rates=dict(message.learning_rates),
+        durability=Durability(message.durability or Durability.MEMORY),
+        error=error,
+    )
+
+
+def encode_description(description: Description) -> parameter_set_pb2.ParameterSet:
+    """A parameter set's description as a message."""
+    message = parameter_set_pb2.ParameterSet(
+        spec=encode_spec(description.spec),
+        position=encode_position(description.position),
+        groups=[
+            parameter_set_pb2.GroupState(
+                name=group.name, tensors=group.tensors, optimizer=encode_optimizer(group.optimizer)
+            )
+            for group in description.groups
+        ],
+        state_bytes=description.state_bytes,
+        element_count=description.element_count,
+    )
+    message.create_time.FromDatetime(description.create_time)
+    return message
+
+
+def decode_description(message: parameter_set_pb2.ParameterSet) -> Description:
+    """A parameter set's description from its message."""
+    return Description(
+        spec=decode_spec(message.spec),
+        position=decode_position(message.position),
+        groups=tuple(
+            GroupDescription(group.name, tuple(group.tensors), decode_optimizer(group.optimizer))
+            for group in message.groups
+        ),
+        create_time=message.create_time.ToDatetime(datetime.UTC),
+        state_bytes=message.state_bytes,
+        element_count=message.element_count,
+    )

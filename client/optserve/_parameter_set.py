@@ -1,0 +1,148 @@
+"""What a worker holds: a handle on one parameter set."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from numpy.typing import ArrayLike
+
+from optserve._errors import OutcomeUnknown
+from optserve._messages import decode_description, decode_position, encode_changes
+from optserve._results import Description, Parameters, Position, Receipt
+from optserve._retry import retried
+from optserve._session import OutgoingPull, OutgoingPush, Session
+from optserve._specification import TensorSpec, as_arrays
+from optserve._transport import Transport
+from optserve.optim import Group
+from optserve.v1 import optimizer_service_pb2 as pb
+
+Changes = Mapping[str, Mapping[str, Any]]
+
+
+class ParameterSet:
+    """A worker's handle on a parameter set, with an identity and a stream of its own.
+
+    Get one from `Client.create_parameter_set` or `Client.parameter_set`. Threads may share it; their calls take turns. Every
+    call raises ParameterSetNotFound once the set is deleted, ServerUnavailable or DeadlineExceeded if the client's timeout
+    passes, and ClientClosed after `close`.
+    """
+
+    def __init__(
+        self, transport: Transport, set_id: str, client_id: str, timeout: float, *, moments_only: bool
+    ) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._session = Session(transport, set_id, client_id, timeout)
+        self._moments_only = moments_only
+        self.id = set_id
+        self.client_id = client_id
+
+    def __repr__(self) -> str:
+        return f"ParameterSet({self.id!r})"
+
+    def step(
+        self,
+        gradients: Mapping[str, ArrayLike],
+        *,
+        parameters: Mapping[str, ArrayLike] | None = None,
+        hyperparameters: Changes | None = None,
+        tensors: Sequence[str] = (),
+    ) -> Parameters:
+        """Push gradients and pull the result in one round trip; `.receipt` says what became of the push.
+
+        Arguments are those of `push` and `pull`. In a set that holds moments only, the result is what to add to the
+        parameters. Raises what `push` raises.
+        """
+        push = self._outgoing(gradients, parameters, hyperparameters)
+        receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors)))
+        assert receipt is not None
+        assert pulled is not None
+        if receipt.duplicate and self._moments_only and pulled.version != receipt.version:
+            raise OutcomeUnknown(
+                f"push {receipt.sequence} to {self.id!r} was applied as version {receipt.version}, but its updates were gone "
+                f"when the connection came back: the set is at version {pulled.version}"
+            )
+        return pulled
+
+    def push(
+        self,
+        gradients: Mapping[str, ArrayLike],
+        *,
+        parameters: Mapping[str, ArrayLike] | None = None,
+        hyperparameters: Changes | None = None,
+    ) -> Receipt:
+        """Send gradients, one array of the registered shape and dtype for each tensor that has one.
+
+        A tensor without a gradient is left alone. `parameters` are the caller's current ones, for weight decay in a set that
+        holds moments only. `hyperparameters`, by group and name, change with this push and stay changed:
+        `{"default": {"lr": 1e-4}}`.
+
+        Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
+        which case nothing changed; OutcomeUnknown if no receipt came in time.
+        """
+        receipt, _ = self._session.exchange(self._outgoing(gradients, parameters, hyperparameters), None)
+        assert receipt is not None
+        return receipt
+
+    def pull(
+        self, *, newer_than: "int | Position | Parameters | None" = None, tensors: Sequence[str] = ()
+    ) -> Parameters | None:
+        """Fetch parameters, or the tensors named, in that order; None if nothing is newer than `newer_than`.
+
+        A version alone stands for one in the history that this handle last saw. Raises TensorMismatch for an unknown name.
+        """
+        if isinstance(newer_than, int):
+            newer_than = self._session.position_at(newer_than)
+        elif isinstance(newer_than, Parameters):
+            newer_than = newer_than.position
+        _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than))
+        return pulled
+
+    def update(self, *, group: str = Group.DEFAULT, **hyperparameters: Any) -> Description:
+        """Change hyperparameters of a group for every worker, from the next update on.
+
+        Raises InvalidGroup or InvalidHyperparameter; then nothing changed.
+        """
+        changes = encode_changes({group: hyperparameters})
+        request = pb.UpdateParameterSetRequest(id=self.id, hyperparameters=changes)
+        response = retried(lambda left: self._transport.call("UpdateParameterSet", request, left), self._timeout)
+        return decode_description(response.parameter_set)
+
+    def describe(self) -> Description:
+        """The set as it is now: specification, version, groups with the hyperparameters in force."""
+        request = pb.GetParameterSetRequest(id=self.id)
+        response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
+        return decode_description(response.parameter_set)
+
+    def checkpoint(self) -> Position:
+        """Write the set to the server's stable storage now; raises NoDataDirectory if the server has none."""
+        request = pb.CheckpointParameterSetRequest(id=self.id)
+        response = retried(lambda left: self._transport.call("CheckpointParameterSet", request, left), self._timeout)
+        return decode_position(response.position)
+
+    def delete(self) -> None:
+        """Remove the set from the server, for everyone."""
+        self._transport.call("DeleteParameterSet", pb.DeleteParameterSetRequest(id=self.id), self._timeout)
+        self.close()
+
+    def close(self) -> None:
+        """End this handle's stream."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _outgoing(
+        self,
+        gradients: Mapping[str, ArrayLike],
+        parameters: Mapping[str, ArrayLike] | None,
+        hyperparameters: Changes | None,
+    ) -> OutgoingPush:
+        outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
+        for arrays in (outgoing.gradients, outgoing.parameters):
+            for name, array in arrays.items():
+                TensorSpec.of(name, array)
+        encode_changes(outgoing.changes)
+        return outgoing

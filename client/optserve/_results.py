@@ -1,0 +1,111 @@
+"""What the service answers: positions, receipts, parameters, descriptions."""
+
+import datetime
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from optserve._errors import OptserveError
+from optserve._specification import ParameterSetSpec
+from optserve.optim import Group, Optimizer
+
+
+class Durability(enum.IntEnum):
+    """How far a push had travelled when its receipt was sent."""
+
+    MEMORY = 1
+    JOURNAL = 2
+    CHECKPOINT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in a set's history; versions compare only within one incarnation."""
+
+    incarnation: int
+    version: int
+    durable_version: int = 0
+
+    def newer_than(self, other: "Position") -> bool:
+        """Whether history has moved past the other point, or was replaced."""
+        return (self.incarnation, self.version) != (other.incarnation, other.version)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What became of a push.
+
+    `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, before
+    any change to them; `learning_rates` holds the one used, by group; `duplicate` marks the first receipt of a push that came
+    again; `error` is why a push was refused (the SDK raises it).
+    """
+
+    sequence: int
+    position: Position
+    applied: bool
+    duplicate: bool = False
+    staleness: int | None = None
+    gradient_norm: float = 0.0
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    durability: Durability = Durability.MEMORY
+    error: OptserveError | None = None
+
+    @property
+    def version(self) -> int:
+        """Number of updates that the set had applied right after the push."""
+        return self.position.version
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate used in the group `default`."""
+        return self.learning_rates.get(Group.DEFAULT, float("nan"))
+
+
+class Parameters(dict[str, "np.ndarray[Any, Any]"]):
+    """Tensors by name, with the position that all of them belong to, and the receipt if they came from a step."""
+
+    def __init__(
+        self, tensors: Mapping[str, "np.ndarray[Any, Any]"], position: Position, receipt: Receipt | None = None
+    ) -> None:
+        super().__init__(tensors)
+        self.position = position
+        self.receipt = receipt
+
+    @property
+    def version(self) -> int:
+        """Number of updates that these parameters have had."""
+        return self.position.version
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDescription:
+    """A group as it is now: its tensors and its optimizer with the values that the next update uses."""
+
+    name: str
+    tensors: tuple[str, ...]
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A parameter set as it is now."""
+
+    spec: ParameterSetSpec
+    position: Position
+    groups: tuple[GroupDescription, ...]
+    create_time: datetime.datetime
+    state_bytes: int
+    element_count: int
+
+    @property
+    def id(self) -> str:
+        """The set's id."""
+        return self.spec.id
+
+    @property
+    def version(self) -> int:
+        """Number of updates that the set has applied."""
+        return self.position.version

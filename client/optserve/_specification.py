@@ -1,0 +1,132 @@
+"""What a parameter set is made of: tensors, groups, ids. Plain values, checked where they are built."""
+
+import enum
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from optserve._dtypes import DType, dtype_named
+from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
+from optserve.optim import Group, Optimizer
+
+BLOCK = 4096  # elements: the unit of reductions on the server; chunks that end at multiples of it are read in place
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48
+MAX_TENSORS = 100_000
+
+_COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Holds(enum.Enum):
+    """What the server keeps: parameters and moments, or moments only (it then returns updates)."""
+
+    PARAMETERS = "parameters"
+    MOMENTS = "moments"
+
+
+def check_set_id(value: str) -> str:
+    """Return a parameter set's id such as `digits/mlp`; raises InvalidName if it is ill-formed."""
+    if len(value) > 512 or not all(_COMPONENT.fullmatch(component) for component in value.split("/")):
+        raise InvalidName(
+            "expected an id of components joined by '/', each of letters, digits, '.', '_', '-' and starting with a "
+            f"letter or digit, at most 128 characters a component and 512 in all, such as 'digits/mlp'; got {value!r}"
+        )
+    return value
+
+
+def check_client_id(value: str) -> str:
+    """Return a client id; raises InvalidName if it is ill-formed."""
+    if not _COMPONENT.fullmatch(value):
+        raise InvalidName(
+            "expected a client id of at most 128 letters, digits, '.', '_', '-', starting with a letter or digit; "
+            f"got {value!r}"
+        )
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor; raises InvalidName or InvalidTensor."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= 512 or _CONTROL.search(self.name):
+            raise InvalidName(f"expected a tensor name of 1 to 512 printable characters; got {self.name!r}")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise InvalidTensor(f"expected at most {MAX_DIMENSIONS} dimensions; {self.name!r} has {len(self.shape)}")
+        if any(size < 0 for size in self.shape) or self.size > MAX_ELEMENTS:
+            raise InvalidTensor(f"expected 0 to 2**48 elements; {self.name!r} has shape {list(self.shape)}")
+
+    @classmethod
+    def of(cls, name: str, array: np.ndarray[Any, Any]) -> Self:
+        """The specification of an array; raises InvalidTensor if its dtype is not one that travels."""
+        try:
+            dtype = dtype_named(array.dtype.name)
+        except InvalidTensor as error:
+            raise InvalidTensor(f"tensor {name!r}: {error}") from None
+        return cls(name, dtype, array.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on the wire in bytes."""
+        return self.size * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name!r}: {self.dtype.name}{list(self.shape)}"
+
+
+class Run(NamedTuple):
+    """Consecutive elements of one tensor: the tensor's index in a list agreed before, first element, number of elements."""
+
+    tensor: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSetSpec:
+    """All that a parameter set is created from; raises InvalidName, InvalidTensor or InvalidGroup."""
+
+    id: str
+    tensors: tuple[TensorSpec, ...]
+    optimizer: Optimizer
+    groups: tuple[Group, ...] = ()
+    holds: Holds = field(default=Holds.PARAMETERS)
+
+    def __post_init__(self) -> None:
+        check_set_id(self.id)
+        if not 1 <= len(self.tensors) <= MAX_TENSORS:
+            raise InvalidTensor(f"expected 1 to {MAX_TENSORS} tensors; {self.id!r} has {len(self.tensors)}")
+        for kind, error, names in (
+            ("tensor", InvalidTensor, [tensor.name for tensor in self.tensors]),
+            ("group", InvalidGroup, [group.name for group in self.groups]),
+        ):
+            repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            if repeated:
+                raise error(f"expected unique {kind} names; {', '.join(map(repr, repeated))} came more than once")
+
+
+def as_arrays(tensors: Mapping[str, ArrayLike]) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors as C-contiguous little-endian arrays, copied only where they are not that already."""
+    if not isinstance(tensors, Mapping):
+        raise InvalidTensor(f"expected a mapping from tensor names to arrays; got {type(tensors).__name__}")
+    arrays = {}
+    for name, value in tensors.items():
+        array = np.asarray(value)
+        little = array.dtype if array.dtype.byteorder != ">" else array.dtype.newbyteorder("<")
+        arrays[name] = np.ascontiguousarray(array, dtype=little).reshape(array.shape)
+    return arrays

@@ -1,0 +1,261 @@
+"""How calls reach an engine: over gRPC, or into one inside this process. Nothing above this module knows which."""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from optserve._errors import ClientClosed, DeadlineExceeded, OptserveError, ServerUnavailable, error_from
+from optserve._wire import Frame
+from optserve.v1 import optimizer_service_pb2
+from optserve.v1.step_pb2 import StepRequest, StepResponse
+
+if TYPE_CHECKING:
+    from optserve_server.service import OptimizerService
+
+SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
+REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
+MEMORY = ":memory:"
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", 16 << 20),  # chunks are 1 MiB; room for other servers' choice
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 30_000),  # notice a peer that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+]
+
+
+class Stream(Protocol):
+    """An open Step stream."""
+
+    def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
+        """Send frames in order; they may be made lazily, so what they refer to must last until the answer is there."""
+
+    def receive(self, deadline: float) -> Frame[StepResponse]:
+        """The next answer; raises DeadlineExceeded at `deadline` (monotonic seconds), or what the server says."""
+
+    def close(self) -> None:
+        """End the stream; a `receive` that waits ends with an error."""
+
+
+class Transport(Protocol):
+    """A way to call the service's methods by name."""
+
+    def call(self, method: str, request: Any, timeout: float) -> Any:
+        """Call a unary method, or one that takes a stream if `request` is an iterator of frames."""
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Wait for a connection; raises ServerUnavailable."""
+
+    def open(self) -> Stream:
+        """Open a Step stream."""
+
+    def close(self) -> None:
+        """End every stream and call."""
+
+
+def connect(address: str) -> Transport:
+    """The transport for an address: `host:port`, `unix:/path`, or `:memory:`."""
+    return MemoryTransport() if address == MEMORY else GrpcTransport(address)
+
+
+def typed(error: grpc.RpcError, address: str) -> OptserveError:
+    """The typed error that a failed call stands for."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.CANCELLED:  # we translate our own cancellations before they get here
+        return ServerUnavailable(f"{address} ended the call: {details}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnavailable(f"{address}: {details}")
+    reason = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(REASON_KEY)
+    return error_from(code.name, reason, details)
+
+
+class GrpcTransport:
+    """Calls over one gRPC channel."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._deadlines = Deadlines()
+        self._methods = {method.name: self._bind(method) for method in SERVICE.methods}
+
+    def call(self, method: str, request: Any, timeout: float) -> Any:
+        try:
+            return self._methods[method](request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise typed(error, self._address) from None
+        except ValueError:
+            raise ClientClosed("this client was closed") from None
+
+    def wait_until_ready(self, timeout: float) -> None:
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            raise ServerUnavailable(f"no server answered at {self._address} within {timeout:.0f} s") from None
+
+    def open(self) -> "GrpcStream":
+        return GrpcStream(self._methods["Step"], self._deadlines, self._address)
+
+    def close(self) -> None:
+        self._deadlines.close()
+        self._channel.close()
+
+    def _bind(self, method: Any) -> Callable[..., Any]:
+        path = f"/{SERVICE.full_name}/{method.name}"
+        response = getattr(optimizer_service_pb2, method.output_type.name, None)
+        if method.server_streaming:
+            return self._channel.stream_stream(path, Frame.to_bytes, lambda data: Frame.from_bytes(StepResponse, data))
+        if method.client_streaming:
+            return self._channel.stream_unary(path, Frame.to_bytes, response.FromString)  # type: ignore[union-attr]
+        return self._channel.unary_unary(path, _serialize, response.FromString)  # type: ignore[union-attr]
+
+
+class GrpcStream:
+    """A Step stream over gRPC. gRPC's sending thread makes and sends one frame after the other."""
+
+    def __init__(self, step: Callable[..., Any], deadlines: "Deadlines", address: str) -> None:
+        self._outgoing: queue.SimpleQueue[Iterable[Frame[StepRequest]] | None] = queue.SimpleQueue()
+        self._deadlines = deadlines
+        self._address = address
+        self._failure: BaseException | None = None
+        self._call = step(self._requests())
+
+    def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
+        self._outgoing.put(frames)
+
+    def receive(self, deadline: float) -> Frame[StepResponse]:
+        expired = self._deadlines.arm(self._call, deadline)
+        try:
+            return next(self._call)
+        except StopIteration:
+            raise ServerUnavailable(f"{self._address} ended the stream") from None
+        except grpc.RpcError as error:
+            if self._failure is not None:
+                raise self._failure from None
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"{self._address} did not answer in time") from None
+            raise typed(error, self._address) from None
+        finally:
+            expired()
+
+    def close(self) -> None:
+        self._outgoing.put(None)
+        self._call.cancel()
+
+    def _requests(self) -> Iterator[Frame[StepRequest]]:
+        try:
+            while (frames := self._outgoing.get()) is not None:
+                yield from frames
+        except Exception as error:  # gRPC would only say that iterating failed
+            self._failure = error
+            raise
+
+
+class Deadlines:
+    """Cancels calls that are overdue: streams live long, so that each wait on one needs a deadline of its own."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._armed: dict[int, tuple[float, grpc.Call]] = {}
+        self._next_wake = float("inf")
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def arm(self, call: grpc.Call, deadline: float) -> Callable[[], None]:
+        """Cancel the call at the deadline, in monotonic seconds, unless the returned function is called before."""
+        key = id(call)
+        with self._condition:
+            self._armed[key] = (deadline, call)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="optserve-deadlines", daemon=True)
+                self._thread.start()
+            if deadline < self._next_wake:
+                self._condition.notify()
+        return lambda: self._disarm(key)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def _disarm(self, key: int) -> None:
+        with self._condition:
+            self._armed.pop(key, None)
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._closed:
+                now = time.monotonic()
+                overdue = [key for key, (deadline, _) in self._armed.items() if deadline <= now]
+                for key in overdue:
+                    self._armed.pop(key)[1].cancel()
+                self._next_wake = min((deadline for deadline, _ in self._armed.values()), default=float("inf"))
+                self._condition.wait(None if self._next_wake == float("inf") else self._next_wake - now)
+
+
+class MemoryTransport:
+    """The same service, called directly; needs the extra `server`."""
+
+    def __init__(self) -> None:
+        try:
+            from optserve_server.engine.engine import Engine
+            from optserve_server.service import OptimizerService
+        except ImportError as error:
+            raise ServerUnavailable(
+                f"':memory:' runs the engine in this process, which needs optserve[server]: {error}"
+            ) from error
+        self._engine = Engine()
+        self._service: OptimizerService | None = OptimizerService(self._engine)
+
+    def call(self, method: str, request: Any, timeout: float) -> Any:
+        return self._open_service().call(method, request)
+
+    def wait_until_ready(self, timeout: float) -> None:
+        self._open_service()
+
+    def open(self) -> "MemoryStream":
+        return MemoryStream(self._open_service())
+
+    def close(self) -> None:
+        if self._service is not None:
+            self._service = None
+            self._engine.close()
+
+    def _open_service(self) -> "OptimizerService":
+        if self._service is None:
+            raise ClientClosed("this client was closed, and its engine with it")
+        return self._service
+
+
+class MemoryStream:
+    """A Step stream that runs in the caller's thread: the service takes a frame when an answer is asked for."""
+
+    def __init__(self, service: "OptimizerService") -> None:
+        self._outgoing: deque[Iterator[Frame[StepRequest]]] = deque()
+        self._answers = service.step(self._requests())
+
+    def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
+        self._outgoing.append(iter(frames))
+
+    def receive(self, deadline: float) -> Frame[StepResponse]:
+        return next(self._answers)
+
+    def close(self) -> None:
+        self._answers.close()
+
+    def _requests(self) -> Iterator[Frame[StepRequest]]:
+        while self._outgoing:
+            yield from self._outgoing.popleft()
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

@@ -1,0 +1,97 @@
+from optserve.v1 import optimizer_pb2 as _optimizer_pb2
+from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
+from optserve.v1 import step_pb2 as _step_pb2
+from optserve.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class CreateParameterSetRequest(_message.Message):
+    __slots__ = ("spec", "exist_ok", "chunk")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    EXIST_OK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    spec: _parameter_set_pb2.ParameterSetSpec
+    exist_ok: bool
+    chunk: _tensor_pb2.Chunk
+    def __init__(self, spec: _Optional[_Union[_parameter_set_pb2.ParameterSetSpec, _Mapping]] = ..., exist_ok: bool = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+
+class CreateParameterSetResponse(_message.Message):
+    __slots__ = ("parameter_set", "created")
+    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    parameter_set: _parameter_set_pb2.ParameterSet
+    created: bool
+    def __init__(self, parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ..., created: bool = ...) -> None: ...
+
+class GetParameterSetRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class GetParameterSetResponse(_message.Message):
+    __slots__ = ("parameter_set",)
+    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    parameter_set: _parameter_set_pb2.ParameterSet
+    def __init__(self, parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+
+class ListParameterSetsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListParameterSetsResponse(_message.Message):
+    __slots__ = ("parameter_sets",)
+    PARAMETER_SETS_FIELD_NUMBER: _ClassVar[int]
+    parameter_sets: _containers.RepeatedCompositeFieldContainer[_parameter_set_pb2.ParameterSet]
+    def __init__(self, parameter_sets: _Optional[_Iterable[_Union[_parameter_set_pb2.ParameterSet, _Mapping]]] = ...) -> None: ...
+
+class UpdateParameterSetRequest(_message.Message):
+    __slots__ = ("id", "hyperparameters")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.GroupHyperparameters]
+    def __init__(self, id: _Optional[str] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ...) -> None: ...
+
+class UpdateParameterSetResponse(_message.Message):
+    __slots__ = ("parameter_set",)
+    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    parameter_set: _parameter_set_pb2.ParameterSet
+    def __init__(self, parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+
+class DeleteParameterSetRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class DeleteParameterSetResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointParameterSetRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class CheckpointParameterSetResponse(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: _parameter_set_pb2.Position
+    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ...) -> None: ...
+
+class ListRulesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListRulesResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.RuleDescription]
+    def __init__(self, rules: _Optional[_Iterable[_Union[_optimizer_pb2.RuleDescription, _Mapping]]] = ...) -> None: ...

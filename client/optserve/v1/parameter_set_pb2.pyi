@@ -1,0 +1,83 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from optserve.v1 import optimizer_pb2 as _optimizer_pb2
+from optserve.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Holds(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HOLDS_UNSPECIFIED: _ClassVar[Holds]
+    HOLDS_PARAMETERS: _ClassVar[Holds]
+    HOLDS_MOMENTS: _ClassVar[Holds]
+
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_MEMORY: _ClassVar[Durability]
+    DURABILITY_JOURNAL: _ClassVar[Durability]
+    DURABILITY_CHECKPOINT: _ClassVar[Durability]
+HOLDS_UNSPECIFIED: Holds
+HOLDS_PARAMETERS: Holds
+HOLDS_MOMENTS: Holds
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_MEMORY: Durability
+DURABILITY_JOURNAL: Durability
+DURABILITY_CHECKPOINT: Durability
+
+class Position(_message.Message):
+    __slots__ = ("incarnation", "version", "durable_version")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    version: int
+    durable_version: int
+    def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., durable_version: _Optional[int] = ...) -> None: ...
+
+class ParameterSetSpec(_message.Message):
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
+    optimizer: _optimizer_pb2.Optimizer
+    groups: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.Group]
+    holds: Holds
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ...) -> None: ...
+
+class GroupState(_message.Message):
+    __slots__ = ("name", "tensors", "optimizer")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensors: _containers.RepeatedScalarFieldContainer[str]
+    optimizer: _optimizer_pb2.Optimizer
+    def __init__(self, name: _Optional[str] = ..., tensors: _Optional[_Iterable[str]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ...) -> None: ...
+
+class ParameterSet(_message.Message):
+    __slots__ = ("spec", "position", "groups", "create_time", "state_bytes", "element_count")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    spec: ParameterSetSpec
+    position: Position
+    groups: _containers.RepeatedCompositeFieldContainer[GroupState]
+    create_time: _timestamp_pb2.Timestamp
+    state_bytes: int
+    element_count: int
+    def __init__(self, spec: _Optional[_Union[ParameterSetSpec, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_bytes: _Optional[int] = ..., element_count: _Optional[int] = ...) -> None: ...

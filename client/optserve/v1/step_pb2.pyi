@@ -1,0 +1,147 @@
+from optserve.v1 import optimizer_pb2 as _optimizer_pb2
+from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
+from optserve.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_GRADIENT: _ClassVar[Role]
+    ROLE_PARAMETER: _ClassVar[Role]
+ROLE_UNSPECIFIED: Role
+ROLE_GRADIENT: Role
+ROLE_PARAMETER: Role
+
+class StepRequest(_message.Message):
+    __slots__ = ("open", "push", "chunk", "commit", "pull")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    push: Push
+    chunk: _tensor_pb2.Chunk
+    commit: bool
+    pull: Pull
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
+
+class StepResponse(_message.Message):
+    __slots__ = ("opened", "receipt", "parameters", "chunk", "end")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    receipt: Receipt
+    parameters: Parameters
+    chunk: _tensor_pb2.Chunk
+    end: bool
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., end: bool = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("parameter_set_id", "client_id", "epoch")
+    PARAMETER_SET_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    parameter_set_id: str
+    client_id: str
+    epoch: int
+    def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("epoch", "last_sequence", "last_receipt", "parameter_set")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAST_RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    last_sequence: int
+    last_receipt: Receipt
+    parameter_set: _parameter_set_pb2.ParameterSet
+    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+
+class PushedTensor(_message.Message):
+    __slots__ = ("spec", "role")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    spec: _tensor_pb2.TensorSpec
+    role: Role
+    def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+
+class Push(_message.Message):
+    __slots__ = ("sequence", "base", "tensors", "hyperparameters")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    base: _parameter_set_pb2.Position
+    tensors: _containers.RepeatedCompositeFieldContainer[PushedTensor]
+    hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.GroupHyperparameters]
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[PushedTensor, _Mapping]]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "reason", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    reason: str
+    message: str
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("sequence", "position", "applied", "duplicate", "staleness", "gradient_norm", "learning_rates", "durability", "refusal")
+    class LearningRatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    position: _parameter_set_pb2.Position
+    applied: bool
+    duplicate: bool
+    staleness: int
+    gradient_norm: float
+    learning_rates: _containers.ScalarMap[str, float]
+    durability: _parameter_set_pb2.Durability
+    refusal: Refusal
+    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., applied: bool = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Pull(_message.Message):
+    __slots__ = ("newer_than", "tensors")
+    NEWER_THAN_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    newer_than: _parameter_set_pb2.Position
+    tensors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Parameters(_message.Message):
+    __slots__ = ("position", "unchanged", "tensors")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    position: _parameter_set_pb2.Position
+    unchanged: bool
+    tensors: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., unchanged: bool = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,41 @@
+"""The server's configuration: one value, checked when it is built."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How to run a server; raises ValueError for values that can't be meant.
+
+    `listen` is `host:port`, `[ipv6]:port` or `unix:/path`; port 0 takes a free one. There is no authentication yet: listen
+    beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps it in memory
+    only. `threads` is how many run the update loops (None: one for each processor). `max_streams` bounds the workers
+    connected at a time, each of which costs a thread. `grace` is how many seconds pushes in flight get to finish on shutdown.
+    """
+
+    listen: str = "127.0.0.1:50051"
+    data_dir: Path | None = None
+    threads: int | None = None
+    max_streams: int = 1024
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        if ":" not in self.listen:
+            raise ValueError(f"expected listen as host:port, [ipv6]:port or unix:/path; got {self.listen!r}")
+        if self.data_dir is not None:
+            object.__setattr__(self, "data_dir", Path(os.fspath(self.data_dir)))
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"expected at least one thread; got {self.threads}")
+        if self.max_streams < 1:
+            raise ValueError(f"expected room for at least one stream; got {self.max_streams}")
+        if self.grace < 0:
+            raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.listen.startswith(LOOPBACK)

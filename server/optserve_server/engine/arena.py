@@ -1,0 +1,63 @@
+"""Arenas: every tensor of a set, one after the other, in contiguous 64-byte-aligned memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._specification import TensorSpec
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+
+ComputeType = np.dtype[Any]
+Arena = dict[ComputeType, NDArray[Any]]  # one array for each compute type; most sets have one
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: the array of its compute type, and its first element there."""
+
+    compute: ComputeType
+    start: int
+    size: int
+
+    @property
+    def elements(self) -> slice:
+        """The tensor's part of that array."""
+        return slice(self.start, self.start + self.size)
+
+
+class Layout:
+    """Places of a set's tensors, the same in every arena of the set; half precision is laid out as float32."""
+
+    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+        self.sizes: dict[ComputeType, int] = {}
+        self.places: list[Place] = []
+        for tensor in tensors:
+            compute = tensor.dtype.compute
+            start = self.sizes.get(compute, 0)
+            self.places.append(Place(compute, start, tensor.size))
+            grain = ALIGNMENT // compute.itemsize
+            self.sizes[compute] = start + -(-tensor.size // grain) * grain
+
+    @property
+    def nbytes(self) -> int:
+        """Size of one arena in bytes."""
+        return sum(size * compute.itemsize for compute, size in self.sizes.items())
+
+    def allocate(self, fill: float = 0.0) -> Arena:
+        """A new arena."""
+        arena = {compute: aligned(size * compute.itemsize).view(compute) for compute, size in self.sizes.items()}
+        if fill:
+            for array in arena.values():
+                array.fill(fill)
+        return arena
+
+
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes at a 64-byte boundary."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]

@@ -1,0 +1,78 @@
+"""All parameter sets of a server, by id."""
+
+import secrets
+import threading
+from typing import Self
+
+from optserve._errors import ParameterSetExists, ParameterSetNotFound, SpecificationMismatch
+from optserve._specification import ParameterSetSpec
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.staging import Staging
+from optserve_server.engine.threads import Threads
+
+
+class Engine:
+    """Parameter sets by id, and the threads that update them."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = Threads(threads)
+        self._sets: dict[str, ParameterSet] = {}
+        self._lock = threading.Lock()
+
+    def get(self, set_id: str) -> ParameterSet:
+        """The set of that id; raises ParameterSetNotFound."""
+        try:
+            return self._sets[set_id]
+        except KeyError:
+            known = ", ".join(repr(each) for each in sorted(self._sets)[:10]) or "none"
+            raise ParameterSetNotFound(
+                f"expected the id of a parameter set on this server ({known}); got {set_id!r}"
+            ) from None
+
+    def list(self) -> list[ParameterSet]:
+        """All sets, ordered by id."""
+        return [self._sets[set_id] for set_id in sorted(self._sets)]
+
+    def existing(self, spec: ParameterSetSpec, *, exist_ok: bool) -> ParameterSet | None:
+        """The set of the specification's id, if any; raises ParameterSetExists, or SpecificationMismatch with `exist_ok`."""
+        present = self._sets.get(spec.id)
+        if present is None:
+            return None
+        if not exist_ok:
+            raise ParameterSetExists(
+                f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
+                "pass exist_ok=True to attach to it"
+            )
+        for name in ("tensors", "optimizer", "groups", "holds"):
+            expected, came = getattr(present.spec, name), getattr(spec, name)
+            if expected != came:
+                raise SpecificationMismatch(
+                    f"parameter set {spec.id!r} exists with other {name}: expected {expected}; got {came}"
+                )
+        return present
+
+    def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
+        """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
+        created = ParameterSet(spec, incarnation=secrets.randbits(63) | 1, threads=self.threads)
+        created.load(values)
+        with self._lock:
+            if present := self.existing(spec, exist_ok=exist_ok):
+                return present, False
+            self._sets[spec.id] = created
+        return created, True
+
+    def delete(self, set_id: str) -> None:
+        """Remove a set; raises ParameterSetNotFound."""
+        with self._lock:
+            self.get(set_id).delete()
+            del self._sets[set_id]
+
+    def close(self) -> None:
+        """Wait for running updates and end the threads."""
+        self.threads.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,87 @@
+"""Groups: which tensor follows which hyperparameters, now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from optserve._errors import InvalidGroup, InvalidHyperparameter
+from optserve._specification import ParameterSetSpec
+from optserve.optim import Group, Optimizer
+from optserve_server.engine.rules import Rule, rule_for
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Indices of some of a set's tensors, and the optimizer that updates them."""
+
+    name: str
+    members: tuple[int, ...]
+    optimizer: Optimizer
+
+
+def resolve(spec: ParameterSetSpec) -> tuple[TensorGroup, ...]:
+    """A set's groups, `default` first; the first group that matches a tensor claims it. Raises InvalidGroup."""
+    rule = rule_for(spec.optimizer)
+    claimed: dict[int, str] = {}
+    for group in spec.groups:
+        for pattern in group.tensors:
+            matches = [k for k, tensor in enumerate(spec.tensors) if _matches(tensor.name, pattern)]
+            if not matches:
+                names = ", ".join(tensor.name for tensor in spec.tensors[:10])
+                raise InvalidGroup(
+                    f"group {group.name!r}: expected {pattern!r} to match a tensor; the set has {names}"
+                    + (", ..." if len(spec.tensors) > 10 else "")
+                )
+            for index in matches:
+                claimed.setdefault(index, group.name)
+        if group.name not in claimed.values():
+            raise InvalidGroup(f"group {group.name!r}: every tensor that it matches belongs to an earlier group")
+    optimizers = {Group.DEFAULT: spec.optimizer}
+    for group in spec.groups:
+        optimizers[group.name] = changed(spec.optimizer, group.hyperparameters, rule)
+    return tuple(
+        TensorGroup(
+            name,
+            tuple(k for k in range(len(spec.tensors)) if claimed.get(k, Group.DEFAULT) == name),
+            optimizer,
+        )
+        for name, optimizer in optimizers.items()
+    )
+
+
+def change(groups: Sequence[TensorGroup], changes: Mapping[str, Mapping[str, Any]]) -> tuple[TensorGroup, ...]:
+    """The groups with new hyperparameters; raises InvalidGroup or InvalidHyperparameter and leaves `groups` as they are."""
+    names = [group.name for group in groups]
+    for name in changes:
+        if name not in names:
+            raise InvalidGroup(f"expected a group among {', '.join(names)}; got {name!r}")
+    return tuple(
+        TensorGroup(
+            group.name,
+            group.members,
+            changed(group.optimizer, changes.get(group.name, {}), rule_for(group.optimizer)),
+        )
+        for group in groups
+    )
+
+
+def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule) -> Optimizer:
+    """The optimizer with new values, all of them live; raises InvalidHyperparameter."""
+    new = optimizer.replace(**values)
+    for name, described, _ in optimizer.described():
+        if not described.live and getattr(new, name) != getattr(optimizer, name):
+            raise InvalidHyperparameter(
+                f"expected {name} to stay {getattr(optimizer, name)!r}: it is fixed when a set is created and is the same in "
+                f"all of its groups; got {getattr(new, name)!r}. Create another set to change it"
+            )
+    if rule_for(new) is not rule:
+        raise InvalidHyperparameter(
+            f"expected values that keep the state {list(rule.slots)}; {dict(values)} would need "
+            f"{list(rule_for(new).slots)}. Create another set to change that"
+        )
+    return new
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)

@@ -1,0 +1,195 @@
+"""Staging: tensors that arrive in pieces, checked as they come and read where they lie.
+
+Nothing here touches a parameter set. A staged transfer holds on to the received messages; loops read them in place
+through `Piece.address`. What is wrong with a transfer is an exception at the call that saw it.
+"""
+
+import ctypes
+import hashlib
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._dtypes import DType
+from optserve._errors import InvalidChunk, NonFiniteValue
+from optserve._specification import BLOCK, Run, TensorSpec
+from optserve_server.engine.formats import bits, decoder
+from optserve_server.engine.loops import guard_loop
+
+REPLACEMENTS = 4  # a transfer may carry this many times its tensors' bytes, replaced segments included
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of one tensor in received memory."""
+
+    offset: int
+    size: int
+    address: int
+
+
+class StagedTensor:
+    """One tensor's pieces, ordered by offset and free of overlap."""
+
+    def __init__(self, spec: TensorSpec, first_block: int) -> None:
+        self.spec = spec
+        self.first_block = first_block
+        self.pieces: list[Piece] = []
+        self.received = 0
+
+    def add(self, piece: Piece, *, replace: bool) -> None:
+        """Take a piece in; raises InvalidChunk if it lies outside the tensor or, without `replace`, overlaps."""
+        end = piece.offset + piece.size
+        if piece.size < 1 or end > self.spec.size:
+            raise InvalidChunk(
+                f"tensor {self.spec}: expected segments of at least one element within its {self.spec.size}; "
+                f"got elements {piece.offset} to {end}"
+            )
+        first = bisect_right(self.pieces, piece.offset, key=lambda other: other.offset + other.size)
+        last = bisect_left(self.pieces, end, lo=first, key=lambda other: other.offset)
+        overlapped = self.pieces[first:last]
+        if overlapped and not replace:
+            raise InvalidChunk(
+                f"tensor {self.spec}: elements {piece.offset} to {end} overlap elements that came before; "
+                "send each element once, or set Chunk.replace"
+            )
+        remains = [part for other in overlapped for part in self._outside(other, piece.offset, end)]
+        merged = sorted([piece, *remains])
+        self.received += sum(part.size for part in merged) - sum(other.size for other in overlapped)
+        self.pieces[first:last] = merged
+
+    def _outside(self, piece: Piece, begin: int, end: int) -> Iterable[Piece]:
+        itemsize = self.spec.dtype.itemsize
+        if piece.offset < begin:
+            yield Piece(piece.offset, begin - piece.offset, piece.address)
+        if piece.offset + piece.size > end:
+            yield Piece(end, piece.offset + piece.size - end, piece.address + (end - piece.offset) * itemsize)
+
+
+class Staging:
+    """A transfer of the given tensors: `add` chunks, then `finish`."""
+
+    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+        blocks = 0
+        self.tensors: list[StagedTensor] = []
+        for spec in tensors:
+            self.tensors.append(StagedTensor(spec, blocks))
+            blocks += -(-spec.size // BLOCK)
+        self._sums = np.zeros(blocks)
+        self._digests = np.zeros((blocks, 2), np.uint64)
+        self._guarded = np.zeros(blocks, bool)
+        self._messages: list[NDArray[np.uint8]] = []  # keeps the pieces' memory alive
+        self._budget = REPLACEMENTS * sum(spec.nbytes for spec in tensors)
+
+    def add(self, runs: Sequence[Run], data: Any, *, replace: bool = False) -> None:
+        """Take a chunk in, without copying; raises InvalidChunk."""
+        message = np.frombuffer(data, np.uint8)
+        expected = 0
+        for run in runs:
+            if run.tensor >= len(self.tensors):
+                raise InvalidChunk(f"expected segments of {len(self.tensors)} tensors; got index {run.tensor}")
+            expected += run.size * self.tensors[run.tensor].spec.dtype.itemsize
+        if message.size != expected:
+            raise InvalidChunk(f"expected {expected} bytes for the segments of this chunk; got {message.size}")
+        self._budget -= message.size
+        if self._budget < 0:
+            raise InvalidChunk(
+                f"expected replaced segments to stay within {REPLACEMENTS} times the size of the tensors"
+            )
+        address = message.ctypes.data
+        self._messages.append(message)
+        pieces = []
+        for run in runs:
+            piece = Piece(run.offset, run.size, address)
+            self.tensors[run.tensor].add(piece, replace=replace)
+            pieces.append((self.tensors[run.tensor], piece))
+            address += run.size * self.tensors[run.tensor].spec.dtype.itemsize
+        self._guard([row for tensor, piece in pieces if (row := self._whole_blocks(tensor, piece))])
+
+    def finish(self) -> None:
+        """Check that every element has come and is finite; raises InvalidChunk or NonFiniteValue."""
+        for tensor in self.tensors:
+            if tensor.received != tensor.spec.size:
+                raise InvalidChunk(
+                    f"tensor {tensor.spec}: expected all of its {tensor.spec.size} elements before the commit; "
+                    f"got {tensor.received}"
+                )
+        for tensor in self.tensors:
+            self._guard_remaining(tensor)
+        for tensor in self.tensors:
+            self._check_finite(tensor)
+
+    def norm(self, tensors: Iterable[int]) -> float:
+        """Euclidean norm of some of the tensors together, after `finish`; block sums are added in order."""
+        return math.sqrt(sum(float(self._sums[self._blocks(self.tensors[index])].sum()) for index in tensors))
+
+    def digest(self) -> bytes:
+        """8 bytes that tell this transfer's content from another's, after `finish`; independent of the chunking."""
+        names = "\n".join(str(tensor.spec) for tensor in self.tensors).encode()
+        return hashlib.blake2b(names + self._digests.tobytes(), digest_size=8).digest()
+
+    def _blocks(self, tensor: StagedTensor) -> slice:
+        return slice(tensor.first_block, tensor.first_block - (-tensor.spec.size // BLOCK))
+
+    def _whole_blocks(self, tensor: StagedTensor, piece: Piece) -> tuple[DType, int, int, int] | None:
+        """What of a piece can be guarded now, while it is in the cache; its parts of blocks wait for `finish`."""
+        end = piece.offset + piece.size
+        self._guarded[tensor.first_block + piece.offset // BLOCK : tensor.first_block - (-end // BLOCK)] = False
+        begin = -(-piece.offset // BLOCK) * BLOCK
+        whole = end if end == tensor.spec.size else end // BLOCK * BLOCK
+        if whole <= begin:
+            return None
+        dtype = tensor.spec.dtype
+        address = piece.address + (begin - piece.offset) * dtype.itemsize
+        return dtype, address, whole - begin, tensor.first_block + begin // BLOCK
+
+    def _guard(self, rows: Iterable[tuple[DType, int, int, int]]) -> None:
+        tables: dict[DType, list[tuple[int, int, int]]] = {}
+        for dtype, address, count, block in rows:
+            tables.setdefault(dtype, []).append((address, count, block))
+            self._guarded[block : block - (-count // BLOCK)] = True
+        for dtype, table in tables.items():
+            guard_loop(dtype)(np.array(table, np.int64), self._sums, self._digests)
+
+    def _guard_remaining(self, tensor: StagedTensor) -> None:
+        blocks = self._blocks(tensor)
+        for index in np.flatnonzero(~self._guarded[blocks]):
+            elements = self._gather(tensor, int(index))
+            self._guard([(tensor.spec.dtype, elements.ctypes.data, elements.size, blocks.start + int(index))])
+
+    def _gather(self, tensor: StagedTensor, block: int) -> NDArray[Any]:
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, tensor.spec.size)
+        elements = np.empty(end - begin, bits(tensor.spec.dtype))
+        first = bisect_right(tensor.pieces, begin, key=lambda piece: piece.offset + piece.size)
+        for piece in tensor.pieces[first:]:
+            if piece.offset >= end:
+                break
+            low, high = max(begin, piece.offset), min(end, piece.offset + piece.size)
+            itemsize = tensor.spec.dtype.itemsize
+            source = piece.address + (low - piece.offset) * itemsize
+            target = elements[low - begin : high - begin]
+            np.copyto(target.view(np.uint8), memory(source, target.nbytes))
+        return elements
+
+    def _check_finite(self, tensor: StagedTensor) -> None:
+        blocks = self._blocks(tensor)
+        for index in np.flatnonzero(~np.isfinite(self._sums[blocks])):
+            elements = self._gather(tensor, int(index))
+            decode = decoder(tensor.spec.dtype)
+            for position, element in enumerate(elements):
+                value = float(decode(element))
+                if not math.isfinite(value):
+                    where = (
+                        np.unravel_index(int(index) * BLOCK + position, tensor.spec.shape) if tensor.spec.shape else ()
+                    )
+                    raise NonFiniteValue(
+                        f"tensor {tensor.spec}: expected finite values; got {value} at index {[int(k) for k in where]}"
+                    )
+
+
+def memory(address: int, nbytes: int) -> NDArray[np.uint8]:
+    """Bytes at an address that something else keeps alive."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

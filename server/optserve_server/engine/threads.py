@@ -1,0 +1,64 @@
+"""Threads over ranges: one table of work, cut into equal parts."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Table = NDArray[np.int64]
+
+COUNT = 1  # column of a table that holds the number of elements
+GRAIN = 64  # elements: parts begin at cache lines where tensors do
+INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
+
+
+class Threads:
+    """A pool for compiled loops, shared by all parameter sets. Elementwise loops give the same bits for any split."""
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self.count - 1, "optserve-loop") if self.count > 1 else None
+
+    def run(self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any) -> None:
+        """Run `loop(part, *arguments)` over the table, in parallel.
+
+        `addresses` says which columns advance along a row that is cut, and by how many bytes an element.
+        """
+        if self._pool is None or table[:, COUNT].sum() < INLINE:
+            loop(table, *arguments)
+            return
+        first, *rest = split(table, addresses, self.count)
+        futures = [self._pool.submit(loop, part, *arguments) for part in rest]
+        try:
+            loop(first, *arguments)
+        finally:
+            for future in futures:
+                future.result()
+
+    def close(self) -> None:
+        """Wait for the running loops and end the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def split(table: Table, addresses: dict[int, int], parts: int) -> list[Table]:
+    """Cut a table's rows into at most `parts` tables of about equally many elements; column 0 counts elements."""
+    share = -(-int(table[:, COUNT].sum()) // (parts * GRAIN)) * GRAIN
+    pieces: list[list[list[int]]] = [[]]
+    room = share
+    for row in table.tolist():
+        while row[COUNT] > room:
+            if room:
+                pieces[-1].append([*row[:COUNT], room, *row[COUNT + 1 :]])
+                row[0] += room
+                row[COUNT] -= room
+                for column, itemsize in addresses.items():
+                    row[column] += room * itemsize
+            pieces.append([])
+            room = share
+        pieces[-1].append(row)
+        room -= row[COUNT]
+    return [np.array(rows, np.int64) for rows in pieces if rows]

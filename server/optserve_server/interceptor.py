@@ -1,0 +1,66 @@
+"""The one place where exceptions become gRPC status codes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+
+from optserve._errors import OptserveError
+from optserve._transport import REASON_KEY
+
+log = structlog.get_logger()
+
+
+class ErrorInterceptor(grpc.ServerInterceptor):
+    """Ends a call whose handler raised an OptserveError with that error's code, reason and message.
+
+    Anything else is a bug: it is logged with its traceback, and the caller learns only that it happened.
+    """
+
+    def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.response_streaming:
+            behavior = handler.stream_stream or handler.unary_stream
+            factories = {True: grpc.stream_stream_rpc_method_handler, False: grpc.unary_stream_rpc_method_handler}
+            wrapped: Callable[..., Any] = _streaming(behavior, method)
+        else:
+            behavior = handler.stream_unary or handler.unary_unary
+            factories = {True: grpc.stream_unary_rpc_method_handler, False: grpc.unary_unary_rpc_method_handler}
+            wrapped = _single(behavior, method)
+        make = factories[handler.request_streaming]
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _single(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return behavior(request, context)
+        except Exception as error:
+            _abort(context, method, error)
+
+    return call
+
+
+def _streaming(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from behavior(request, context)
+        except Exception as error:
+            _abort(context, method, error)
+
+    return call
+
+
+def _abort(context: grpc.ServicerContext, method: str, error: Exception) -> NoReturn:
+    if not context.is_active():  # the caller is gone: nobody to tell, and no fault of ours
+        raise error
+    if isinstance(error, OptserveError):
+        log.info("call refused", method=method, reason=error.reason(), message=str(error))
+        context.set_trailing_metadata(((REASON_KEY, error.reason()),))
+        context.abort(grpc.StatusCode[error.code], str(error))
+    log.error("call failed", method=method, exc_info=error)
+    context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log has the details")

@@ -1,0 +1,136 @@
+"""The server: an engine behind gRPC, with health and reflection."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from optserve._transport import SERVICE
+from optserve._wire import Frame
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.step_pb2 import StepRequest
+from optserve_server.config import Config
+from optserve_server.engine.engine import Engine
+from optserve_server.interceptor import ErrorInterceptor
+from optserve_server.service import OptimizerService
+
+log = structlog.get_logger()
+
+CONTROL_THREADS = 16  # beyond one for each stream, so that health and control never wait behind streams
+
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.so_reuseport", 0),  # a second server on one port is an error, not a coin toss
+    ("grpc.max_receive_message_length", 16 << 20),  # chunks; never a whole tensor
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.keepalive_permit_without_calls", 1),  # workers ping every 30 s, also between steps
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 60_000),  # find workers that vanished without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class Server:
+    """A running server: `with Server(Config(listen="127.0.0.1:0")) as server: ... server.address`.
+
+    Raises OSError if it can't listen there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._engine = Engine(config.threads)
+        self._service = OptimizerService(self._engine, max_streams=config.max_streams)
+        self._health = health.HealthServicer()
+        self._grpc = grpc.server(
+            ThreadPoolExecutor(config.max_streams + CONTROL_THREADS, "optserve-call"),
+            interceptors=[ErrorInterceptor()],
+            options=OPTIONS,
+        )
+        self._grpc.add_generic_rpc_handlers((_handlers(self._service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection(
+            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
+        )
+        self.address = self._bind(config.listen)
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def start(self) -> Self:
+        """Begin to serve."""
+        self._grpc.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", address=self.address)
+        if not self.config.is_local:
+            log.warning("anyone who reaches this address can use it: there is no authentication", address=self.address)
+        return self
+
+    def wait(self) -> None:
+        """Return when the server has stopped."""
+        self._grpc.wait_for_termination()
+
+    def stop(self, grace: float | None = None) -> None:
+        """Drain and stop: refuse new work, give pushes in flight up to `grace` seconds, then end every call."""
+        grace = self.config.grace if grace is None else grace
+        self._health.enter_graceful_shutdown()
+        self._service.streams.close()
+        self._service.pushes.close()
+        drained = self._service.pushes.drain(grace)
+        self._grpc.stop(None).wait()
+        self._service.streams.drain(grace)
+        self._engine.close()
+        log.info("stopped", address=self.address, drained=drained)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _bind(self, listen: str) -> str:
+        try:
+            port = self._grpc.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {listen!r}; is another server there? ({error})") from error
+        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    def _set_health(self, status: Any) -> None:
+        for name in ("", SERVICE.full_name):
+            self._health.set(name, status)
+
+
+def _handlers(service: OptimizerService) -> grpc.GenericRpcHandler:
+    """A gRPC handler for every method of the contract. Messages with chunks are parsed by `Frame`, not by gRPC, so that
+    ill-formed bytes are refused like any other bad input."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE.full_name, {method.name: _handler(service, method) for method in SERVICE.methods}
+    )
+
+
+def _handler(service: OptimizerService, method: Any) -> Any:
+    name = method.name
+    if method.server_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            lambda requests, context: service.step(_frames(StepRequest, requests)), None, Frame.to_bytes
+        )
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler(
+            lambda requests, context: service.call(name, _frames(pb.CreateParameterSetRequest, requests)),
+            None,
+            _serialize,
+        )
+    return grpc.unary_unary_rpc_method_handler(
+        lambda request, context: service.call(name, request),
+        getattr(pb, method.input_type.name).FromString,
+        _serialize,
+    )
+
+
+def _frames(kind: Any, requests: Iterator[bytes]) -> Iterator[Frame[Any]]:
+    return (Frame.from_bytes(kind, data) for data in requests)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

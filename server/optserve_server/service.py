@@ -1,0 +1,110 @@
+"""The service: decode, call the engine, encode. Errors are raised; `interceptor` turns them into status codes."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+from optserve import optim
+from optserve._errors import InvalidChunk, MessageOrder, NoDataDirectory
+from optserve._messages import decode_changes, decode_spec, encode_description, encode_value
+from optserve._specification import Holds
+from optserve._wire import Frame
+from optserve.v1 import optimizer_pb2
+from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.step_pb2 import StepRequest, StepResponse
+from optserve_server.engine.engine import Engine
+from optserve_server.engine.rules import rule_for
+from optserve_server.engine.staging import Staging
+from optserve_server.gate import Gate
+from optserve_server.step import StepStream
+
+
+class OptimizerService:
+    """The methods of `optimizer_service.proto`, free of any transport."""
+
+    def __init__(self, engine: Engine, *, max_streams: int = 1_000_000) -> None:
+        self._engine = engine
+        self.streams = Gate("streams", max_streams)
+        self.pushes = Gate("pushes", max_streams)
+        self._methods: dict[str, Callable[[Any], Any]] = {
+            "CreateParameterSet": self.create_parameter_set,
+            "GetParameterSet": self.get_parameter_set,
+            "ListParameterSets": self.list_parameter_sets,
+            "UpdateParameterSet": self.update_parameter_set,
+            "DeleteParameterSet": self.delete_parameter_set,
+            "CheckpointParameterSet": self.checkpoint_parameter_set,
+            "ListRules": self.list_rules,
+        }
+
+    def call(self, method: str, request: Any) -> Any:
+        """Call a method that has one answer, by its name in the contract."""
+        return self._methods[method](request)
+
+    def step(self, frames: Iterator[Frame[StepRequest]]) -> Generator[Frame[StepResponse]]:
+        """Serve one Step stream."""
+        with self.streams:
+            yield from StepStream(self._engine, self.pushes).serve(frames)
+
+    def create_parameter_set(
+        self, frames: Iterable[Frame[pb.CreateParameterSetRequest]]
+    ) -> pb.CreateParameterSetResponse:
+        frames = iter(frames)
+        first = next(frames, None)
+        if first is None or not first.message.HasField("spec"):
+            raise MessageOrder("expected `spec` in the first message of CreateParameterSet")
+        spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
+        if present := self._engine.existing(spec, exist_ok=exist_ok):
+            return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
+        values = Staging(spec.tensors if spec.holds is Holds.PARAMETERS else ())
+        for frame in (first, *frames) if first.payload else frames:
+            if frame is not first and frame.message.HasField("spec"):
+                raise MessageOrder("expected `spec` in the first message only")
+            if frame.payload is None:
+                raise InvalidChunk("expected a chunk of initial values; got a message without one")
+            values.add(frame.payload.runs, frame.payload.buffer, replace=frame.payload.replace)
+        values.finish()
+        made, created = self._engine.create(spec, values, exist_ok=exist_ok)
+        return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
+
+    def get_parameter_set(self, request: pb.GetParameterSetRequest) -> pb.GetParameterSetResponse:
+        return pb.GetParameterSetResponse(parameter_set=encode_description(self._engine.get(request.id).describe()))
+
+    def list_parameter_sets(self, request: pb.ListParameterSetsRequest) -> pb.ListParameterSetsResponse:
+        descriptions = [encode_description(each.describe()) for each in self._engine.list()]
+        return pb.ListParameterSetsResponse(parameter_sets=descriptions)
+
+    def update_parameter_set(self, request: pb.UpdateParameterSetRequest) -> pb.UpdateParameterSetResponse:
+        parameter_set = self._engine.get(request.id)
+        parameter_set.update(decode_changes(request.hyperparameters))
+        return pb.UpdateParameterSetResponse(parameter_set=encode_description(parameter_set.describe()))
+
+    def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
+        self._engine.delete(request.id)
+        return pb.DeleteParameterSetResponse()
+
+    def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
+        self._engine.get(request.id)
+        raise NoDataDirectory(
+            "expected a server that was started with --data-dir; this one keeps everything in memory only"
+        )
+
+    def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
+        return pb.ListRulesResponse(rules=[_describe(each) for each in optim.catalogue().values()])
+
+
+def _describe(optimizer: type[optim.Optimizer]) -> optimizer_pb2.RuleDescription:
+    summary, text = optim.documentation(optimizer)
+    return optimizer_pb2.RuleDescription(
+        rule=optimizer.__name__,
+        summary=summary,
+        documentation=text,
+        hyperparameters=[
+            optimizer_pb2.HyperparameterDescription(
+                name=name,
+                default_value=encode_value(default),
+                documentation=described.documentation,
+                live=described.live,
+            )
+            for name, described, default in optimizer.described()
+        ],
+        slots=rule_for(optimizer()).slots,
+    )
