@@ -53,7 +53,7 @@ class Frame(Generic[M]):
     def to_bytes(self) -> bytes:
         """Serialize; the payload is copied once."""
         plain = self.message.SerializeToString()
-        payload = self.payload
+        payload: Payload | None = self.payload
         if payload is None:
             return plain
         segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]

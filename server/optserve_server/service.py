@@ -13,7 +13,6 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.rules import rule_for
-from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
 from optserve_server.step import StepStream
 
@@ -54,7 +53,7 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
-        values = Staging(spec.tensors if spec.holds is Holds.PARAMETERS else ())
+        values = self._engine.stage(spec.tensors if spec.holds is Holds.PARAMETERS else ())
         for frame in (first, *frames) if first.payload else frames:
             if frame is not first and frame.message.HasField("spec"):
                 raise MessageOrder("expected `spec` in the first message only")

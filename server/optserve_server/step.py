@@ -79,9 +79,7 @@ class StepStream:
             self._declared = [
                 Declared(decode_tensor(each.spec), each.role == step_pb2.ROLE_PARAMETER) for each in message.tensors
             ]
-        self._push = Push(
-            parameter_set.spec,
-            parameter_set.indices,
+        self._push = parameter_set.begin(
             message.sequence,
             self._declared,
             base=decode_position(message.base) if message.HasField("base") else None,

@@ -2,10 +2,11 @@
 
 import secrets
 import threading
+from collections.abc import Sequence
 from typing import Self
 
 from optserve._errors import ParameterSetExists, ParameterSetNotFound, SpecificationMismatch
-from optserve._specification import ParameterSetSpec
+from optserve._specification import ParameterSetSpec, TensorSpec
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.threads import Threads
@@ -50,6 +51,10 @@ class Engine:
                     f"parameter set {spec.id!r} exists with other {name}: expected {expected}; got {came}"
                 )
         return present
+
+    def stage(self, tensors: Sequence[TensorSpec]) -> Staging:
+        """Room for tensors on their way in."""
+        return Staging(tensors, self.threads)
 
     def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
         """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""

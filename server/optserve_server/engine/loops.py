@@ -112,12 +112,13 @@ def update_loop(rule: Rule, dtype: DType, *, moments_only: bool) -> Loop:
 def guard_loop(dtype: DType) -> Loop:
     """`guard(table, sums, digests)`: the sum of squares and the digest of each block of gradients.
 
-    A row of `table`, int64 [n, 3], is an address, a number of elements, and the index of the first block in
-    `sums`, float64 [blocks], and `digests`, uint64 [blocks, 2]. A sum is finite exactly if every element is, except that
-    float64 squares may overflow.
+    A row of `table`, int64 [n, 3], is the first element, a multiple of BLOCK, the number of elements, and the address.
+    `sums` is float64 [blocks], `digests` uint32 [blocks, 2]; elements 0 to BLOCK make the first block. A sum is finite
+    exactly if every element is, except that float64 squares may overflow. Both passes over a block find it in the cache.
     """
     element, decode = bits(dtype).type, decoder(dtype)
-    word = np.dtype(f"u{dtype.itemsize}").type
+    word = np.dtype(f"u{min(dtype.itemsize, 4)}").type
+    words_per_element = max(1, dtype.itemsize // 4)
 
     @njit(error_model="numpy", fastmath={"reassoc"})
     def sum_of_squares(elements: Any) -> Any:
@@ -129,22 +130,24 @@ def guard_loop(dtype: DType) -> Loop:
 
     @njit(error_model="numpy")
     def digest(words: Any) -> Any:
-        plain, weighted = np.uint64(0), np.uint64(0)
+        plain, weighted = np.uint32(0), np.uint32(0)
         for i in range(words.size):
-            value = np.uint64(words[i])
-            plain += value
-            weighted += value * np.uint64(i + 1)
+            value = np.uint32(words[i])
+            plain = np.uint32(plain + value)
+            weighted = np.uint32(weighted + np.uint32(value * np.uint32(2 * i + 1)))
         return plain, weighted
 
     def guard(table: Any, sums: Any, digests: Any) -> None:
         for r in range(len(table)):
-            address, count, block = table[r, 0], table[r, 1], table[r, 2]
+            block, count, address = table[r, 0] // BLOCK, table[r, 1], table[r, 2]
             elements = carray(pointer(address, element), count)
-            words = carray(pointer(address, word), count)
+            words = carray(pointer(address, word), count * words_per_element)
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
                 sums[block] = sum_of_squares(elements[start:stop])
-                digests[block, 0], digests[block, 1] = digest(words[start:stop])
+                digests[block, 0], digests[block, 1] = digest(
+                    words[start * words_per_element : stop * words_per_element]
+                )
                 block += 1
 
     return typing.cast(Loop, _compile(guard))

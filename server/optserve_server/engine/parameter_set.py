@@ -2,7 +2,7 @@
 
 import datetime
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from optserve_server.engine import snapshot
 from optserve_server.engine.arena import ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import UPDATE_COLUMNS, decode_loop, update_loop
-from optserve_server.engine.push import Push
+from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rules import Memory, preparation, rule_for
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
@@ -95,6 +95,17 @@ class ParameterSet:
         with self._lock:
             self._check_alive()
             return self._sessions.open(client_id, epoch, stream)
+
+    def begin(
+        self,
+        sequence: int,
+        declared: Sequence[Declared],
+        *,
+        base: Position | None = None,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Push:
+        """A push of this set, to be filled, finished and given to `push`."""
+        return Push(self.spec, self.indices, self._threads, sequence, declared, base=base, changes=changes)
 
     def push(self, session: Session, stream: object, push: Push, *, pull: bool) -> tuple[Receipt, Snapshot | None]:
         """Apply a finished push, or refuse it; either consumes its sequence and is its receipt for ever.

@@ -7,6 +7,7 @@ from optserve._errors import InvalidArgument, TensorMismatch
 from optserve._results import Position
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
 from optserve_server.engine.staging import StagedTensor, Staging
+from optserve_server.engine.threads import Threads
 
 
 class Declared(NamedTuple):
@@ -23,6 +24,7 @@ class Push:
         self,
         spec: ParameterSetSpec,
         indices: Mapping[str, int],
+        threads: Threads,
         sequence: int,
         declared: Sequence[Declared],
         *,
@@ -35,7 +37,7 @@ class Push:
         self.error: InvalidArgument | None = None
         self.digest = b""
         self.gradient_norm = 0.0
-        self._staging = Staging([each.spec for each in declared])
+        self._staging = Staging([each.spec for each in declared], threads)
         self._gradients: dict[int, int] = {}  # index in the set to index in the push
         self._parameters: dict[int, int] = {}
         try:

@@ -19,7 +19,9 @@ from optserve._errors import InvalidChunk, NonFiniteValue
 from optserve._specification import BLOCK, Run, TensorSpec
 from optserve_server.engine.formats import bits, decoder
 from optserve_server.engine.loops import guard_loop
+from optserve_server.engine.threads import Threads
 
+INLINE = 1 << 20  # elements: chunks from the wire are guarded by the thread that received them
 REPLACEMENTS = 4  # a transfer may carry this many times its tensors' bytes, replaced segments included
 
 
@@ -29,6 +31,9 @@ class Piece(NamedTuple):
     offset: int
     size: int
     address: int
+
+
+GuardRow = tuple[DType, int, int, int]  # dtype, first element counted from the transfer's first block, size, address
 
 
 class StagedTensor:
@@ -72,14 +77,15 @@ class StagedTensor:
 class Staging:
     """A transfer of the given tensors: `add` chunks, then `finish`."""
 
-    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+    def __init__(self, tensors: Sequence[TensorSpec], threads: Threads) -> None:
+        self._threads = threads
         blocks = 0
         self.tensors: list[StagedTensor] = []
         for spec in tensors:
             self.tensors.append(StagedTensor(spec, blocks))
             blocks += -(-spec.size // BLOCK)
         self._sums = np.zeros(blocks)
-        self._digests = np.zeros((blocks, 2), np.uint64)
+        self._digests = np.zeros((blocks, 2), np.uint32)
         self._guarded = np.zeros(blocks, bool)
         self._messages: list[NDArray[np.uint8]] = []  # keeps the pieces' memory alive
         self._budget = REPLACEMENTS * sum(spec.nbytes for spec in tensors)
@@ -134,7 +140,7 @@ class Staging:
     def _blocks(self, tensor: StagedTensor) -> slice:
         return slice(tensor.first_block, tensor.first_block - (-tensor.spec.size // BLOCK))
 
-    def _whole_blocks(self, tensor: StagedTensor, piece: Piece) -> tuple[DType, int, int, int] | None:
+    def _whole_blocks(self, tensor: StagedTensor, piece: Piece) -> GuardRow | None:
         """What of a piece can be guarded now, while it is in the cache; its parts of blocks wait for `finish`."""
         end = piece.offset + piece.size
         self._guarded[tensor.first_block + piece.offset // BLOCK : tensor.first_block - (-end // BLOCK)] = False
@@ -144,21 +150,24 @@ class Staging:
             return None
         dtype = tensor.spec.dtype
         address = piece.address + (begin - piece.offset) * dtype.itemsize
-        return dtype, address, whole - begin, tensor.first_block + begin // BLOCK
+        return dtype, tensor.first_block * BLOCK + begin, whole - begin, address
 
-    def _guard(self, rows: Iterable[tuple[DType, int, int, int]]) -> None:
+    def _guard(self, rows: Iterable[GuardRow]) -> None:
         tables: dict[DType, list[tuple[int, int, int]]] = {}
-        for dtype, address, count, block in rows:
-            tables.setdefault(dtype, []).append((address, count, block))
-            self._guarded[block : block - (-count // BLOCK)] = True
-        for dtype, table in tables.items():
-            guard_loop(dtype)(np.array(table, np.int64), self._sums, self._digests)
+        for dtype, start, size, address in rows:
+            tables.setdefault(dtype, []).append((start, size, address))
+            self._guarded[start // BLOCK : -(-(start + size) // BLOCK)] = True
+        for dtype, rows_of_dtype in tables.items():
+            table, advance = np.array(rows_of_dtype, np.int64), {2: dtype.itemsize}
+            results = self._sums, self._digests
+            self._threads.run(guard_loop(dtype), table, advance, *results, grain=BLOCK, inline=INLINE)
 
     def _guard_remaining(self, tensor: StagedTensor) -> None:
         blocks = self._blocks(tensor)
         for index in np.flatnonzero(~self._guarded[blocks]):
             elements = self._gather(tensor, int(index))
-            self._guard([(tensor.spec.dtype, elements.ctypes.data, elements.size, blocks.start + int(index))])
+            start = (blocks.start + int(index)) * BLOCK
+            self._guard([(tensor.spec.dtype, start, elements.size, elements.ctypes.data)])
 
     def _gather(self, tensor: StagedTensor, block: int) -> NDArray[Any]:
         begin, end = block * BLOCK, min((block + 1) * BLOCK, tensor.spec.size)

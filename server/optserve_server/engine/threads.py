@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Table = NDArray[np.int64]
 
 COUNT = 1  # column of a table that holds the number of elements
-GRAIN = 64  # elements: parts begin at cache lines where tensors do
+CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
 INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
 
 
@@ -22,15 +22,24 @@ class Threads:
         self.count = count or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self.count - 1, "optserve-loop") if self.count > 1 else None
 
-    def run(self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any) -> None:
-        """Run `loop(part, *arguments)` over the table, in parallel.
+    def run(
+        self,
+        loop: Callable[..., Any],
+        table: Table,
+        addresses: dict[int, int],
+        *arguments: Any,
+        grain: int = CACHE_LINE,
+        inline: int = INLINE,
+    ) -> None:
+        """Run `loop(part, *arguments)` over the table, in parallel unless it has fewer than `inline` elements.
 
-        `addresses` says which columns advance along a row that is cut, and by how many bytes an element.
+        Column 0 of a row is its first element, column 1 its number of elements. `addresses` says which columns advance
+        along a row that is cut, and by how many bytes an element. Cuts are at multiples of `grain` elements.
         """
-        if self._pool is None or table[:, COUNT].sum() < INLINE:
+        if self._pool is None or table[:, COUNT].sum() < inline:
             loop(table, *arguments)
             return
-        first, *rest = split(table, addresses, self.count)
+        first, *rest = split(table, addresses, self.count, grain)
         futures = [self._pool.submit(loop, part, *arguments) for part in rest]
         try:
             loop(first, *arguments)
@@ -44,14 +53,14 @@ class Threads:
             self._pool.shutdown()
 
 
-def split(table: Table, addresses: dict[int, int], parts: int) -> list[Table]:
-    """Cut a table's rows into at most `parts` tables of about equally many elements; column 0 counts elements."""
-    share = -(-int(table[:, COUNT].sum()) // (parts * GRAIN)) * GRAIN
+def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACHE_LINE) -> list[Table]:
+    """Cut a table's rows into at most about `parts` tables of equally many elements; see `Threads.run`."""
+    share = -(-int(table[:, COUNT].sum()) // (parts * grain)) * grain
     pieces: list[list[list[int]]] = [[]]
     room = share
     for row in table.tolist():
         while row[COUNT] > room:
-            if room:
+            if room := room // grain * grain:
                 pieces[-1].append([*row[:COUNT], room, *row[COUNT + 1 :]])
                 row[0] += room
                 row[COUNT] -= room

@@ -1,0 +1,1 @@
+"""Speed, measured: `python -m benchmarks` runs everything and keeps the figures in `benchmarks/results/`."""

@@ -1,0 +1,43 @@
+"""What tests share: one server for the whole run, and a client on each transport."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import optserve
+from optserve_server import Config, Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server on a free port of the loopback."""
+    with Server(Config(listen="127.0.0.1:0")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tcp_client(server: Server) -> Iterator[optserve.Client]:
+    """A client of that server."""
+    with optserve.Client(server.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def memory_client() -> Iterator[optserve.Client]:
+    """A client with an engine in this process."""
+    with optserve.Client(":memory:") as client:
+        yield client
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def client(request: pytest.FixtureRequest) -> optserve.Client:
+    """Each of the two in turn."""
+    return request.getfixturevalue(f"{request.param}_client")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def new_id() -> Callable[[], str]:
+    """A parameter set id that no other test uses."""
+    counter = itertools.count()
+    return lambda: f"tests/set-{next(counter)}"

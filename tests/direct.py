@@ -1,0 +1,70 @@
+"""The engine without any transport: sets, sessions and pushes as the service makes them."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from optserve import Receipt, TensorSpec, optim
+from optserve._specification import Holds, ParameterSetSpec, as_arrays
+from optserve._wire import pack
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.push import Declared
+from optserve_server.engine.staging import Staging
+from optserve_server.engine.threads import Threads
+
+Array = np.ndarray[Any, Any]
+
+
+class DirectSet:
+    """A parameter set and one session on it."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Array],
+        optimizer: optim.Optimizer,
+        *,
+        threads: int = 2,
+        chunk_bytes: int = 1 << 20,
+        holds: Holds = Holds.PARAMETERS,
+    ) -> None:
+        self.chunk_bytes = chunk_bytes
+        specs = tuple(TensorSpec.of(name, array) for name, array in parameters.items())
+        spec = ParameterSetSpec("direct", specs, optimizer, holds=holds)
+        self._threads = Threads(threads)
+        self.set = ParameterSet(spec, incarnation=1, threads=self._threads)
+        if holds is Holds.PARAMETERS:
+            self.set.load(self._staged(parameters))
+        self.session = self.set.open("direct", 0, self)
+        self._sequence = itertools.count(1)
+
+    def push(self, gradients: Mapping[str, Array]) -> Receipt:
+        """Apply gradients; returns the receipt, of a refusal too."""
+        declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
+        push = self.set.begin(next(self._sequence), declared)
+        for payload in pack(self._views(gradients), self.chunk_bytes):
+            push.add(payload.runs, payload.buffer, replace=False)
+        push.finish()
+        receipt, _ = self.set.push(self.session, self, push, pull=False)
+        return receipt
+
+    def pull(self) -> dict[str, Array]:
+        """The parameters."""
+        snapshot = self.set.snapshot()
+        return {
+            spec.name: snapshot.data[index].view(spec.dtype.array_dtype).reshape(spec.shape)
+            for index, spec in enumerate(self.set.spec.tensors)
+            if index in snapshot.data
+        }
+
+    def _staged(self, tensors: Mapping[str, Array]) -> Staging:
+        staging = Staging(self.set.spec.tensors, self._threads)
+        for payload in pack(self._views(tensors), self.chunk_bytes):
+            staging.add(payload.runs, payload.buffer)
+        staging.finish()
+        return staging
+
+    def _views(self, tensors: Mapping[str, Array]) -> list[tuple[int, memoryview, int]]:
+        arrays = as_arrays(tensors).values()
+        return [(k, array.reshape(-1).view(np.uint8).data, array.itemsize) for k, array in enumerate(arrays)]
