@@ -4,9 +4,13 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 import optserve
 from optserve_server import Config, Server
+
+settings.register_profile("optserve", deadline=None)  # the first example of a test may compile a loop
+settings.load_profile("optserve")
 
 
 @pytest.fixture(scope="session")

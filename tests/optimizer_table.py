@@ -23,7 +23,6 @@ class Row:
     name: str
     optimizer: optim.Optimizer
     oracle: Oracle
-    has_torch: bool = True
 
 
 def torch_oracle(name: str, **options: Any) -> Oracle:
@@ -77,9 +76,9 @@ def bias_corrected_rmsprop(p: Array, gradients: list[Array], lr: float, beta: fl
 def _rows() -> list[Row]:
     rows = []
 
-    def torch_row(name: str, optimizer: optim.Optimizer, torch_name: str | None = None, **extra: Any) -> None:
-        options = {key: value for key, value in optimizer.hyperparameters.items()}
-        rows.append(Row(name, optimizer, torch_oracle(torch_name or optimizer.rule, **options, **extra)))
+    def torch_row(name: str, optimizer: optim.Optimizer, torch_name: str | None = None) -> None:
+        oracle = torch_oracle(torch_name or optimizer.rule, **optimizer.hyperparameters)
+        rows.append(Row(name, optimizer, oracle))
 
     for decay in (0.0, 0.05):
         suffix = "-decay" if decay else ""
@@ -109,7 +108,6 @@ def _rows() -> list[Row]:
                 f"velocity{suffix}",
                 optim.VelocityMomentum(lr=0.02, **wd),
                 lambda p, g, decay=decay: velocity_momentum(p, g, 0.02, 0.9, decay),  # type: ignore[misc]
-                has_torch=False,
             )
         )
         rows.append(
@@ -117,7 +115,6 @@ def _rows() -> list[Row]:
                 f"average{suffix}",
                 optim.AveragedMomentum(lr=0.05, **wd),
                 lambda p, g, decay=decay: averaged_momentum(p, g, 0.05, 0.9, decay),  # type: ignore[misc]
-                has_torch=False,
             )
         )
         rows.append(
@@ -125,7 +122,6 @@ def _rows() -> list[Row]:
                 f"bias-corrected-rmsprop{suffix}",
                 optim.BiasCorrectedRMSprop(lr=0.01, **wd),
                 lambda p, g, decay=decay: bias_corrected_rmsprop(p, g, 0.01, 0.9, 1e-8, decay),  # type: ignore[misc]
-                has_torch=False,
             )
         )
     return rows

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from direct import DirectSet
-from optimizer_table import ROWS, Array, Row
 
 import optserve
+from direct import DirectSet
+from optimizer_table import ROWS, Array, Row
 from optserve import optim
 from optserve_server.engine.rules import rule_for
 

@@ -57,8 +57,7 @@ class Client:
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
         spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))
-        self._transport.wait_until_ready(self._timeout)
-        self._transport.call("CreateParameterSet", _creation(spec, arrays, exist_ok), self._timeout)
+        self._transport.call("CreateParameterSet", _creation(spec, arrays, exist_ok), self._timeout, wait=True)
         return self._handle(spec, None)
 
     def parameter_set(self, id: str, *, client_id: str | None = None) -> ParameterSet:

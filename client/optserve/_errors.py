@@ -21,6 +21,7 @@ OptserveError
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
 ├── ServerUnavailable              no connection, or the server is draining; the SDK tries again
+├── RolledBack                     the server came back without pushes that it had acknowledged
 ├── OutcomeUnknown                 a push was sent, its receipt never came
 ├── DeadlineExceeded
 ├── ClientClosed
@@ -136,6 +137,15 @@ class ServerUnavailable(OptserveError, ConnectionError):
 
     code = "UNAVAILABLE"
     retryable = True
+
+
+class RolledBack(OptserveError):
+    """The server came back from an older state: pushes that it had acknowledged from memory are lost.
+
+    The handle goes on from that state; decide whether to repeat what was lost.
+    """
+
+    code = "DATA_LOSS"
 
 
 class OutcomeUnknown(OptserveError):

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from numpy.typing import ArrayLike
 
-from optserve._errors import OutcomeUnknown
+from optserve._errors import OutcomeUnknown, TensorMismatch
 from optserve._messages import decode_description, decode_position, encode_changes
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
@@ -121,7 +121,7 @@ class ParameterSet:
 
     def delete(self) -> None:
         """Remove the set from the server, for everyone."""
-        self._transport.call("DeleteParameterSet", pb.DeleteParameterSetRequest(id=self.id), self._timeout)
+        self._transport.call("DeleteParameterSet", pb.DeleteParameterSetRequest(id=self.id), self._timeout, wait=True)
         self.close()
 
     def close(self) -> None:
@@ -140,6 +140,8 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
     ) -> OutgoingPush:
+        if not gradients:
+            raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
         for arrays in (outgoing.gradients, outgoing.parameters):
             for name, array in arrays.items():

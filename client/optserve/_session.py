@@ -17,6 +17,7 @@ from optserve._errors import (
     InvalidChunk,
     OptserveError,
     OutcomeUnknown,
+    RolledBack,
     TensorMismatch,
 )
 from optserve._messages import (
@@ -69,7 +70,7 @@ class Session:
         self._epoch = 0
         self._last_sequence = 0
         self._last_receipt: Receipt | None = None
-        self._base: Position | None = None  # of the parameters that the worker has
+        self._base: Position | None = None  # of the parameters that the worker has; at first, of the set when opened
         self._tensors: tuple[TensorSpec, ...] = ()
 
     def exchange(
@@ -120,19 +121,30 @@ class Session:
         self._stream = stream = self._transport.open()
         opening = step_pb2.Open(parameter_set_id=self._set_id, client_id=self._client_id, epoch=self._epoch)
         stream.send([Frame(StepRequest(open=opening))])
-        opened = stream.receive(deadline).message.opened
-        if pending is not None and opened.epoch != self._epoch:
-            self._epoch = opened.epoch
-            self._last_sequence, self._last_receipt = opened.last_sequence, None
-            raise OutcomeUnknown(
-                f"push {pending} to {self._set_id!r} was sent, but the server has forgotten this session since (it was "
-                "restarted, or the set was created anew); whether the push was applied can't be found out"
-            )
+        self._adopt(stream.receive(deadline).message.opened, pending)
+        return stream
+
+    def _adopt(self, opened: step_pb2.Opened, pending: int | None) -> None:
+        """Take over what the server knows of this session; raises RolledBack or OutcomeUnknown if it is too little."""
+        resumed, acknowledged = opened.epoch == self._epoch, self._last_sequence
+        position = decode_position(opened.parameter_set.position)
+        replaced = self._base is not None and self._base.incarnation != position.incarnation
         self._epoch = opened.epoch
         self._last_sequence = opened.last_sequence
         self._last_receipt = decode_receipt(opened.last_receipt) if opened.HasField("last_receipt") else None
         self._tensors = tuple(map(decode_tensor, opened.parameter_set.spec.tensors))
-        return stream
+        if self._base is None or replaced:
+            self._base = position
+        if replaced and self._last_sequence < acknowledged:
+            raise RolledBack(
+                f"set {self._set_id!r} came back at version {position.version}, from an older state: of this handle's "
+                f"{acknowledged} pushes it knows {self._last_sequence}"
+            )
+        if pending is not None and not resumed:
+            raise OutcomeUnknown(
+                f"push {pending} to {self._set_id!r} was sent, but the server has forgotten this session since; whether "
+                "the push was applied can't be found out"
+            )
 
     def _settled(self, sequence: int | None) -> Receipt | None:
         """The receipt of a push that an earlier attempt got through, if it did."""

@@ -49,11 +49,11 @@ class Stream(Protocol):
 class Transport(Protocol):
     """A way to call the service's methods by name."""
 
-    def call(self, method: str, request: Any, timeout: float) -> Any:
-        """Call a unary method, or one that takes a stream if `request` is an iterator of frames."""
+    def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
+        """Call a unary method, or one that takes a stream if `request` is an iterator of frames.
 
-    def wait_until_ready(self, timeout: float) -> None:
-        """Wait for a connection; raises ServerUnavailable."""
+        With `wait`, a server that can't be reached is waited for: so a call that must not be repeated is sent once.
+        """
 
     def open(self) -> Stream:
         """Open a Step stream."""
@@ -74,6 +74,8 @@ def typed(error: grpc.RpcError, address: str) -> OptserveError:
         return ServerUnavailable(f"{address} ended the call: {details}")
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"{address}: {details}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{address} did not answer in time: {details}")
     reason = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(REASON_KEY)
     return error_from(code.name, reason, details)
 
@@ -87,19 +89,13 @@ class GrpcTransport:
         self._deadlines = Deadlines()
         self._methods = {method.name: self._bind(method) for method in SERVICE.methods}
 
-    def call(self, method: str, request: Any, timeout: float) -> Any:
+    def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
         try:
-            return self._methods[method](request, timeout=timeout)
+            return self._methods[method](request, timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError as error:
             raise typed(error, self._address) from None
         except ValueError:
             raise ClientClosed("this client was closed") from None
-
-    def wait_until_ready(self, timeout: float) -> None:
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout)
-        except grpc.FutureTimeoutError:
-            raise ServerUnavailable(f"no server answered at {self._address} within {timeout:.0f} s") from None
 
     def open(self) -> "GrpcStream":
         return GrpcStream(self._methods["Step"], self._deadlines, self._address)
@@ -216,11 +212,8 @@ class MemoryTransport:
         self._engine = Engine()
         self._service: OptimizerService | None = OptimizerService(self._engine)
 
-    def call(self, method: str, request: Any, timeout: float) -> Any:
+    def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
         return self._open_service().call(method, request)
-
-    def wait_until_ready(self, timeout: float) -> None:
-        self._open_service()
 
     def open(self) -> "MemoryStream":
         return MemoryStream(self._open_service())

@@ -53,17 +53,7 @@ class Frame(Generic[M]):
     def to_bytes(self) -> bytes:
         """Serialize; the payload is copied once."""
         plain = self.message.SerializeToString()
-        payload: Payload | None = self.payload
-        if payload is None:
-            return plain
-        segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]
-        head = Chunk(segments=segments, replace=payload.replace).SerializeToString()
-        size = sum(memoryview(buffer).nbytes for buffer in payload.data)
-        if size:
-            head += _prefix(_DATA_FIELD, size)
-        field = _CHUNK_FIELD[type(self.message)]
-        cut = next((begin for number, begin, _, _ in _fields(plain) if number > field), len(plain))
-        return b"".join((plain[:cut], _prefix(field, len(head) + size), head, *payload.data, plain[cut:]))
+        return plain if self.payload is None else _splice(plain, _CHUNK_FIELD[type(self.message)], self.payload)
 
     @classmethod
     def from_bytes(cls, kind: type[M], data: bytes) -> "Frame[M]":
@@ -126,6 +116,17 @@ def pack(tensors: Iterable[tuple[int, Buffer, int]], chunk_bytes: int = CHUNK_BY
 
 class _MalformedError(ValueError):
     """Bytes that are no protobuf message."""
+
+
+def _splice(plain: bytes, field: int, payload: Payload) -> bytes:
+    """A serialized message with its chunk put in where protobuf would: fields go by number, and `data` ends a chunk."""
+    segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]
+    head = Chunk(segments=segments, replace=payload.replace).SerializeToString()
+    size = sum(memoryview(buffer).nbytes for buffer in payload.data)
+    if size:
+        head += _prefix(_DATA_FIELD, size)
+    cut = next((begin for number, begin, _, _ in _fields(plain) if number > field), len(plain))
+    return b"".join((plain[:cut], _prefix(field, len(head) + size), head, *payload.data, plain[cut:]))
 
 
 def _payload(chunk: Chunk, data: Buffer) -> Payload:

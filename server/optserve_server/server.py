@@ -18,6 +18,7 @@ from optserve_server.config import Config
 from optserve_server.engine.engine import Engine
 from optserve_server.interceptor import ErrorInterceptor
 from optserve_server.service import OptimizerService
+from optserve_server.storage.directory import DataDirectory
 
 log = structlog.get_logger()
 
@@ -43,7 +44,8 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._engine = Engine(config.threads)
-        self._service = OptimizerService(self._engine, max_streams=config.max_streams)
+        self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
+        self._service = OptimizerService(self._engine, self._storage, max_streams=config.max_streams)
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
             ThreadPoolExecutor(config.max_streams + CONTROL_THREADS, "optserve-call"),
@@ -59,7 +61,10 @@ class Server:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def start(self) -> Self:
-        """Begin to serve."""
+        """Restore what the data directory has, then serve."""
+        for state in self._storage.read_all() if self._storage is not None else ():
+            restored = self._engine.restore(state)
+            log.info("restored", parameter_set=restored.spec.id, version=restored.position.version)
         self._grpc.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=self.address)
@@ -80,6 +85,9 @@ class Server:
         drained = self._service.pushes.drain(grace)
         self._grpc.stop(None).wait()
         self._service.streams.drain(grace)
+        self._service.checkpoint_all()
+        if self._storage is not None:
+            self._storage.close()
         self._engine.close()
         log.info("stopped", address=self.address, drained=drained)
 

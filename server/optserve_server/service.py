@@ -1,27 +1,31 @@
 """The service: decode, call the engine, encode. Errors are raised; `interceptor` turns them into status codes."""
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from optserve import optim
 from optserve._errors import InvalidChunk, MessageOrder, NoDataDirectory
-from optserve._messages import decode_changes, decode_spec, encode_description, encode_value
+from optserve._messages import decode_changes, decode_spec, encode_description, encode_position, encode_value
 from optserve._specification import Holds
 from optserve._wire import Frame
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
+from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import rule_for
 from optserve_server.gate import Gate
 from optserve_server.step import StepStream
+from optserve_server.storage.directory import DataDirectory
 
 
 class OptimizerService:
     """The methods of `optimizer_service.proto`, free of any transport."""
 
-    def __init__(self, engine: Engine, *, max_streams: int = 1_000_000) -> None:
+    def __init__(self, engine: Engine, storage: DataDirectory | None = None, *, max_streams: int = sys.maxsize) -> None:
         self._engine = engine
+        self._storage = storage
         self.streams = Gate("streams", max_streams)
         self.pushes = Gate("pushes", max_streams)
         self._methods: dict[str, Callable[[Any], Any]] = {
@@ -78,13 +82,26 @@ class OptimizerService:
 
     def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
         self._engine.delete(request.id)
+        if self._storage is not None:
+            self._storage.delete(request.id)
         return pb.DeleteParameterSetResponse()
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
-        self._engine.get(request.id)
-        raise NoDataDirectory(
-            "expected a server that was started with --data-dir; this one keeps everything in memory only"
-        )
+        parameter_set = self._engine.get(request.id)
+        self._checkpoint(parameter_set)
+        return pb.CheckpointParameterSetResponse(position=encode_position(parameter_set.position))
+
+    def checkpoint_all(self) -> None:
+        """Write every set; without a data directory, nothing."""
+        for parameter_set in self._engine.list() if self._storage is not None else ():
+            self._checkpoint(parameter_set)
+
+    def _checkpoint(self, parameter_set: ParameterSet) -> None:
+        if self._storage is None:
+            raise NoDataDirectory("expected a server started with --data-dir; this one keeps everything in memory only")
+        state = parameter_set.capture()
+        self._storage.write(state)
+        parameter_set.made_durable(state.position.version)
 
     def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
         return pb.ListRulesResponse(rules=[_describe(each) for each in optim.catalogue().values()])

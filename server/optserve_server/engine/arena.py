@@ -56,6 +56,11 @@ class Layout:
         return arena
 
 
+def copy(arena: Arena) -> Arena:
+    """The same values in new memory."""
+    return {compute: array.copy() for compute, array in arena.items()}
+
+
 def aligned(nbytes: int) -> NDArray[np.uint8]:
     """Zeroed bytes at a 64-byte boundary."""
     raw = np.zeros(nbytes + ALIGNMENT, np.uint8)

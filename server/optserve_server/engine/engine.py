@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Self
 
 from optserve._errors import ParameterSetExists, ParameterSetNotFound, SpecificationMismatch
-from optserve._specification import ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.staging import Staging
+from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 
 
@@ -58,13 +59,22 @@ class Engine:
 
     def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
         """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
-        created = ParameterSet(spec, incarnation=secrets.randbits(63) | 1, threads=self.threads)
-        created.load(values)
+        created = ParameterSet(spec, incarnation=_new_incarnation(), threads=self.threads)
+        if spec.holds is Holds.PARAMETERS:
+            created.load(values)
         with self._lock:
             if present := self.existing(spec, exist_ok=exist_ok):
                 return present, False
             self._sets[spec.id] = created
         return created, True
+
+    def restore(self, state: State) -> ParameterSet:
+        """A set as it was captured, in a new incarnation."""
+        restored = ParameterSet(state.spec, incarnation=_new_incarnation(), threads=self.threads)
+        restored.restore(state)
+        with self._lock:
+            self._sets[state.spec.id] = restored
+        return restored
 
     def delete(self, set_id: str) -> None:
         """Remove a set; raises ParameterSetNotFound."""
@@ -81,3 +91,8 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _new_incarnation() -> int:
+    """Random, so that two servers that never met don't issue the same; never 0, which stands for none."""
+    return secrets.randbits(63) | 1

@@ -13,7 +13,7 @@ from optserve._errors import InvalidArgument, ParameterSetNotFound, TensorMismat
 from optserve._results import Description, GroupDescription, Position, Receipt
 from optserve._specification import Holds, ParameterSetSpec
 from optserve_server.engine import snapshot
-from optserve_server.engine.arena import ComputeType, Layout
+from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import UPDATE_COLUMNS, decode_loop, update_loop
 from optserve_server.engine.push import Declared, Push
@@ -21,7 +21,10 @@ from optserve_server.engine.rules import Memory, preparation, rule_for
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Piece, StagedTensor, Staging
+from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
+
+PARAMETERS = "parameters"  # name of that arena beside those of the slots
 
 Ranges = dict[tuple[ComputeType, DType], list[list[int]]]
 
@@ -135,10 +138,49 @@ class ParameterSet:
             )
         return self._snapshot
 
+    def capture(self) -> State:
+        """A copy of all that the set is; updates wait until it is taken."""
+        with self._lock:
+            self._check_alive()
+            return State(
+                spec=self.spec,
+                position=self._position,
+                create_time=self.create_time,
+                optimizers={group.name: group.optimizer for group in self._groups},
+                arenas={name: copy(arena) for name, arena in self._arenas().items()},
+                steps=self._steps.copy(),
+                memory=list(self._memory),
+                sessions=self._sessions.copy(),
+            )
+
+    def restore(self, state: State) -> None:
+        """Become what was captured, in this set's own incarnation, before it is published."""
+        for name, arena in self._arenas().items():
+            for compute, array in arena.items():
+                np.copyto(array, state.arenas[name][compute])
+        self.create_time = state.create_time
+        self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
+        self._position = replace(state.position, incarnation=self._position.incarnation)
+        self._steps = state.steps.copy()
+        self._memory = list(state.memory)
+        self._sessions.restore(state.sessions)
+        self.made_durable(state.position.version)
+
+    def made_durable(self, version: int) -> None:
+        """Say so in every answer from now on."""
+        with self._lock:
+            durable = max(version, self._position.durable_version)
+            self._position = replace(self._position, durable_version=durable)
+            self._snapshot = None
+
     def delete(self) -> None:
         """Refuse everything from now on."""
         with self._lock:
             self._deleted = True
+
+    def _arenas(self) -> dict[str, Arena]:
+        """What outlives a restart."""
+        return ({PARAMETERS: self._parameters} if self.spec.holds is Holds.PARAMETERS else {}) | self._slots
 
     def _check_alive(self) -> None:
         if self._deleted:

@@ -2,6 +2,7 @@
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from optserve._errors import SequenceGap, SequenceReused, SessionSuperseded
@@ -65,6 +66,14 @@ class Sessions:
 
     def __init__(self) -> None:
         self._by_client: OrderedDict[str, Session] = OrderedDict()
+
+    def copy(self) -> list[Session]:
+        """All sessions, the one idle for longest first, without their streams."""
+        return [replace(each, receipts=each.receipts.copy(), stream=None) for each in self._by_client.values()]
+
+    def restore(self, sessions: Iterable[Session]) -> None:
+        """Take sessions over, from `copy`."""
+        self._by_client = OrderedDict((session.client_id, session) for session in sessions)
 
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Resume the client's session if the epoch is the one issued, else begin a new one; older streams lose it."""

@@ -1,0 +1,203 @@
+"""The command line: `optserve serve`, `optserve demo`, and what an operator asks of a running server."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import optserve
+from optserve import optim
+from optserve_server import logs
+from optserve_server.config import Config
+from optserve_server.server import Server
+
+app = typer.Typer(help="The optimizer step as a service.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+DEFAULT = Config()
+OptimizerName = StrEnum("OptimizerName", {name: name for name in optim.catalogue()})  # type: ignore[misc]
+DEFAULT_OPTIMIZER = OptimizerName("Adam")
+
+Address = Annotated[str, typer.Option(envvar="OPTSERVE_ADDRESS", help="Where the server listens, host:port.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
+SetId = Annotated[str, typer.Argument(help="Id of a parameter set.", show_default=False)]
+
+
+@app.command()
+def serve(
+    listen: Annotated[
+        str,
+        typer.Option(envvar="OPTSERVE_LISTEN", help="host:port, [ipv6]:port or unix:/path; port 0 takes a free one."),
+    ] = DEFAULT.listen,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="OPTSERVE_DATA_DIR", help="Where checkpoints are kept; without, memory only.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for updates; by default one for each processor.")] = None,
+    max_streams: Annotated[int, typer.Option(help="Workers that may be connected at a time.")] = DEFAULT.max_streams,
+    grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
+    log_level: Annotated[
+        str, typer.Option(envvar="OPTSERVE_LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Run a server until SIGTERM or Ctrl-C, then drain it."""
+    logs.configure(log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _reported(ValueError, OSError):
+        config = Config(listen=listen, data_dir=data_dir, threads=threads, max_streams=max_streams, grace=grace)
+        server = Server(config)
+    with server:
+        print(f"listening on {server.address}", flush=True)  # for scripts that asked for a free port
+        stop.wait()
+
+
+@app.command()
+def demo(
+    optimizer: Annotated[OptimizerName, typer.Option(help="The rule to train with.")] = DEFAULT_OPTIMIZER,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates over all workers.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the network and the batches.")] = 0,
+    address: Annotated[
+        str | None, typer.Option(envvar="OPTSERVE_ADDRESS", help="A running server; by default one is started.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the picture.", show_default=False)] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Train with every rule and draw how they differ.")] = False,
+) -> None:
+    """Train a network that reads handwritten digits, with worker processes against a server."""
+    with _reported(ModuleNotFoundError, hint="install optserve[demo]"):
+        from optserve_server.demo import compare as comparison
+        from optserve_server.demo import train as training
+    given: dict[str, Any] = {"seed": seed}
+    given |= {} if steps is None else {"steps": steps}
+    given |= {} if output is None else {"output": output}
+    with _reported(optserve.OptserveError):
+        if compare:
+            comparison.compare(**given)
+        else:
+            training.train(optimizer=optimizer.value, workers=workers, address=address, **given)
+
+
+@app.command("list")
+def list_sets(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """List the parameter sets on a server."""
+    table = Table("id", "rule", "version", "durable", "tensors", "elements", "state")
+    with _client(address, timeout) as client:
+        for each in client.list_parameter_sets():
+            table.add_row(
+                each.id,
+                each.spec.optimizer.rule,
+                str(each.version),
+                str(each.position.durable_version),
+                str(len(each.spec.tensors)),
+                f"{each.element_count:,}",
+                f"{each.state_bytes / 2**20:,.1f} MiB",
+            )
+    Console().print(table)
+
+
+@app.command()
+def describe(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """Show a parameter set's tensors, groups and hyperparameters."""
+    with _client(address, timeout) as client, client.parameter_set(id) as weights:
+        description = weights.describe()
+    console = Console()
+    console.print(f"{description.id} holds {description.spec.holds.value}, version {description.version}")
+    tensors = Table("tensor", "dtype", "shape", "group")
+    groups = {tensor: group.name for group in description.groups for tensor in group.tensors}
+    for tensor in description.spec.tensors:
+        tensors.add_row(tensor.name, tensor.dtype.name, str(list(tensor.shape)), groups[tensor.name])
+    console.print(tensors)
+    for group in description.groups:
+        values = ", ".join(f"{name}={value}" for name, value in group.optimizer.hyperparameters.items())
+        console.print(f"{group.name}: {group.optimizer.rule}({values})")
+
+
+@app.command("set")
+def set_hyperparameters(
+    id: SetId,
+    values: Annotated[list[str], typer.Argument(help="New values, such as lr=3e-4.", show_default=False)],
+    group: Annotated[str, typer.Option(help="The group to change.")] = optim.Group.DEFAULT,
+    address: Address = DEFAULT.listen,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Change hyperparameters of a parameter set while it is in use."""
+    changes = dict(_assignment(value) for value in values)
+    with _client(address, timeout) as client, client.parameter_set(id) as weights:
+        description = weights.update(group=group, **changes)
+    print(f"{id}: {', '.join(changes)} changed after version {description.version}")
+
+
+@app.command()
+def checkpoint(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 120.0) -> None:
+    """Write a parameter set to the server's data directory now."""
+    with _client(address, timeout) as client, client.parameter_set(id) as weights:
+        position = weights.checkpoint()
+    print(f"{id}: version {position.durable_version} is on stable storage")
+
+
+@app.command()
+def delete(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """Delete a parameter set and its checkpoints."""
+    with _client(address, timeout) as client, client.parameter_set(id) as weights:
+        weights.delete()
+    print(f"{id}: deleted")
+
+
+@app.command()
+def health(address: Address = DEFAULT.listen, timeout: Timeout = 5.0) -> None:
+    """Exit with 0 if the server serves, for health checks."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            typer.echo(f"{address}: {error.code().name}: {error.details()}", err=True)
+            raise typer.Exit(1) from None
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    print(f"{address}: {status}")
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _client(address: str, timeout: float) -> Iterator[optserve.Client]:
+    with _reported(optserve.OptserveError), optserve.Client(address, timeout=timeout) as client:
+        yield client
+
+
+@contextmanager
+def _reported(*expected: type[Exception], hint: str = "") -> Iterator[None]:
+    """End with the error's message and exit code 1, without a traceback."""
+    try:
+        yield
+    except expected as error:
+        typer.echo(f"optserve: {error}" + (f"; {hint}" if hint else ""), err=True)
+        raise typer.Exit(1) from None
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"expected name=value; got {text!r}")
+    return name, _value(value)
+
+
+def _value(text: str) -> Any:
+    """A hyperparameter as people write it: true, 3e-4, or 0.9,0.999."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if "," in text:
+        return [_value(part) for part in text.split(",")]
+    try:
+        return float(text)
+    except ValueError:
+        return text

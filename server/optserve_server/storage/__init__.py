@@ -1,0 +1,1 @@
+"""Stable storage. Knows the engine's values, no transport."""

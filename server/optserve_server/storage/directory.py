@@ -1,0 +1,122 @@
+"""The data directory: checkpoints of every set, one safetensors file for each generation.
+
+A checkpoint is written to a temporary file, synced, and renamed; the rename is what makes it count. Two generations are kept,
+and a damaged file is passed over, loudly, for the one before. One server at a time may use a directory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from optserve_server.engine.arena import Arena
+from optserve_server.engine.state import State
+from optserve_server.storage import record
+
+log = structlog.get_logger()
+
+GENERATIONS_KEPT = 2
+SUFFIX = ".safetensors"
+SEPARATOR = "."  # between an arena's name and its compute type
+
+
+class DataDirectory:
+    """Checkpoints below a path; raises OSError if the path can't be used or another server uses it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sets = path / "sets"
+        self._sets.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "LOCK").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise OSError(f"another server uses the data directory {str(path)!r}; give each its own") from None
+
+    def write(self, state: State) -> None:
+        """Put a state on stable storage; raises OSError, and then what was there before still counts."""
+        home = self._home(state.spec.id)
+        home.mkdir(exist_ok=True)
+        path = home / f"{state.position.version:020d}-{state.position.incarnation:016x}{SUFFIX}"
+        tensors = _tensors(state)
+        checksums = {name: zlib.crc32(array.data) for name, array in tensors.items()}
+        metadata = {"optserve": record.to_json(state), "crc32": json.dumps(checksums)}
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata)
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(home)
+        _sync(self._sets)
+        for old in self._generations(home)[GENERATIONS_KEPT:]:
+            old.unlink()
+
+    def read_all(self) -> Iterator[State]:
+        """The newest sound state of every set."""
+        for home in sorted(self._sets.iterdir()):
+            for leftover in home.glob("*.tmp"):
+                leftover.unlink()
+            for path in self._generations(home):
+                try:
+                    yield _read(path)
+                    break
+                except (SafetensorError, OSError, ValueError, KeyError) as error:
+                    log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
+            else:
+                log.error("no sound checkpoint; the set is not restored", directory=str(home))
+
+    def delete(self, set_id: str) -> None:
+        """Remove a set's checkpoints, if it has any."""
+        shutil.rmtree(self._home(set_id), ignore_errors=True)
+        _sync(self._sets)
+
+    def close(self) -> None:
+        """Let another server use the directory."""
+        self._lock.close()
+
+    def _home(self, set_id: str) -> Path:
+        """No id reaches the file system: its hash does."""
+        return self._sets / hashlib.sha256(set_id.encode()).hexdigest()[:32]
+
+    def _generations(self, home: Path) -> list[Path]:
+        """Newest first."""
+        return sorted(home.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _tensors(state: State) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        f"{name}{SEPARATOR}{compute.name}": array
+        for name, arena in state.arenas.items()
+        for compute, array in arena.items()
+    }
+
+
+def _read(path: Path) -> State:
+    arenas: dict[str, Arena] = {}
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        checksums = json.loads(metadata["crc32"])
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            array = file.get_tensor(key)
+            if zlib.crc32(array.data) != checksums[key]:
+                raise ValueError(f"checksum of {key} does not match")
+            arenas.setdefault(key.rpartition(SEPARATOR)[0], {})[array.dtype] = array
+    return record.from_json(metadata["optserve"], arenas)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

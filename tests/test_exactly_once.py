@@ -1,0 +1,143 @@
+"""A push is applied exactly once, whatever the connection loses."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import optserve
+from optserve import optim
+from optserve_server import Config, Server
+from proxy import Proxy
+
+NewId = Callable[[], str]
+COUNTING = optim.SGD(lr=1.0, maximize=True)  # parameters add up the gradients
+
+
+def test_a_push_whose_acknowledgement_is_lost_is_applied_once(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    ones = {"x": np.ones(4, np.float32)}
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+        weights = client.parameter_set(direct.id)
+        assert not weights.push(ones).duplicate
+        proxy.swallow_answers()
+        pushing = pool.submit(weights.push, ones)
+        while direct.describe().version < 2:
+            assert not pushing.done()
+        proxy.cut()
+        receipt = pushing.result()
+        assert (receipt.sequence, receipt.version, receipt.applied, receipt.duplicate) == (2, 2, True, True)
+        assert not weights.push(ones).duplicate
+    params = direct.pull()
+    assert params is not None
+    np.testing.assert_array_equal(params["x"], np.full(4, 3, np.float32))
+    assert params.version == 3
+
+
+def test_a_refusal_whose_answer_is_lost_is_the_same_refusal(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client:
+        weights = client.parameter_set(direct.id)
+        weights.push({"x": np.ones(4, np.float32)})
+        proxy.cut()
+        with pytest.raises(optserve.NonFiniteValue):
+            weights.push({"x": np.full(4, np.nan, np.float32)})
+        assert weights.push({"x": np.ones(4, np.float32)}).sequence == 3
+
+
+def test_pushes_over_a_connection_that_breaks_anywhere_are_each_applied_once(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    """Every connection carries a random number of bytes, so it breaks in requests, answers and handshakes alike."""
+    size, pushes = 60_000, 40
+    randomness = random.Random(0)
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(size, np.float32)}, COUNTING)
+    limit = lambda: randomness.randrange(1_000, 4 * size * 5)  # noqa: E731
+    with Proxy(server.address, limit) as proxy, optserve.Client(proxy.address) as client:
+        weights = client.parameter_set(direct.id)
+        duplicates = 0
+        for number in range(pushes):
+            gradient = np.zeros(size, np.float32)
+            gradient[number] = 1
+            receipt = weights.push({"x": gradient})
+            assert (receipt.sequence, receipt.version) == (number + 1, number + 1)
+            duplicates += receipt.duplicate
+        assert proxy.connections > 5
+    params = direct.pull()
+    assert params is not None
+    np.testing.assert_array_equal(params["x"][:pushes], 1)
+    np.testing.assert_array_equal(params["x"][pushes:], 0)
+
+
+def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_settled_by_the_next(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    ones = {"x": np.ones(4, np.float32)}
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+        weights = client.parameter_set(direct.id)
+        weights.push(ones)
+        proxy.swallow_answers()
+        with pytest.raises(optserve.OutcomeUnknown, match=r"push 2 .*the next push finds out"):
+            weights.push(ones)
+        proxy.cut()
+        assert weights.push(ones).sequence == direct.describe().version
+
+
+def test_a_server_that_is_not_there_is_reported_in_time() -> None:
+    with optserve.Client("127.0.0.1:1", timeout=0.5) as client:
+        with pytest.raises(optserve.ServerUnavailable, match=r"127.0.0.1:1"):
+            client.list_parameter_sets()
+        with pytest.raises(optserve.DeadlineExceeded, match=r"127.0.0.1:1"):
+            client.create_parameter_set("a", {"x": [1.0]}, optim.SGD())
+
+
+def test_a_server_that_has_forgotten_the_set_says_so(new_id: NewId) -> None:
+    with Server(Config(listen="127.0.0.1:0")) as server:
+        client = optserve.Client(server.address)
+        weights = client.create_parameter_set(new_id(), {"x": [1.0]}, optim.SGD())
+        weights.push({"x": [1.0]})
+    with Server(Config(listen=server.address)), client, pytest.raises(optserve.ParameterSetNotFound):
+        weights.push({"x": [1.0]})
+
+
+def test_two_handles_under_one_client_id_do_not_mix(tcp_client: optserve.Client, new_id: NewId) -> None:
+    set_id = new_id()
+    tcp_client.create_parameter_set(set_id, {"x": [0.0]}, COUNTING)
+    first = tcp_client.parameter_set(set_id, client_id="worker-1")
+    second = tcp_client.parameter_set(set_id, client_id="worker-1")
+    first.push({"x": [1.0]})
+    second.push({"x": [1.0]})
+    with pytest.raises(optserve.SessionSuperseded, match=r"worker-1"):
+        first.push({"x": [1.0]})
+    assert second.describe().version == 2
+
+
+def test_threads_share_a_handle_in_turns(client: optserve.Client, new_id: NewId) -> None:
+    weights = client.create_parameter_set(new_id(), {"x": np.zeros(3, np.float32)}, COUNTING)
+    with ThreadPoolExecutor(8) as pool:
+        receipts = list(pool.map(lambda _: weights.push({"x": np.ones(3, np.float32)}), range(64)))
+    assert sorted(receipt.version for receipt in receipts) == list(range(1, 65))
+
+
+def test_workers_push_concurrently_without_losing_an_update(client: optserve.Client, new_id: NewId) -> None:
+    set_id = new_id()
+    weights = client.create_parameter_set(set_id, {"x": np.zeros(50_000, np.float32)}, COUNTING)
+
+    def work(_: int) -> None:
+        with client.parameter_set(set_id) as mine:
+            for _ in range(20):
+                mine.step({"x": np.ones(50_000, np.float32)})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    params = weights.pull()
+    assert params is not None
+    assert params.version == 120
+    np.testing.assert_array_equal(params["x"], 120)
