@@ -14,7 +14,7 @@ check: .venv/dev  ## lint, types, generated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_proto.py
+	$(BIN)/pytest -q tests/test_project.py
 
 bench: .venv/dev  ## measure against the memory's bandwidth and torch
 	$(BIN)/python -m benchmarks

@@ -24,6 +24,7 @@ class Gate:
             if self._inside >= self._limit:
                 raise ServerBusy(f"expected at most {self._limit} {self._what} at a time; try again later")
             self._inside += 1
+            self._changed.notify_all()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -36,6 +37,7 @@ class Gate:
         """Let nothing in any more."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
 
     def drain(self, timeout: float) -> bool:
         """Wait, in seconds, until nothing is inside; whether that came to be."""

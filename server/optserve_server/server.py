@@ -84,7 +84,6 @@ class Server:
         self._service.pushes.close()
         drained = self._service.pushes.drain(grace)
         self._grpc.stop(None).wait()
-        self._service.streams.drain(grace)
         self._service.checkpoint_all()
         if self._storage is not None:
             self._storage.close()

@@ -1,0 +1,138 @@
+"""The project's own promises about itself: generated code, documentation, layers, names."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import optserve
+from optserve import _errors, optim
+
+ROOT = Path(__file__).parent.parent
+PROTOS = sorted((ROOT / "proto" / "optserve" / "v1").glob("*.proto"))
+SOURCES = [
+    *sorted((ROOT / "client" / "optserve").glob("*.py")),
+    *sorted((ROOT / "server" / "optserve_server").rglob("*.py")),
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names} | {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.name)
+def test_every_message_field_value_and_method_of_the_contract_is_documented(path: Path) -> None:
+    commented = False
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        text = line.strip()
+        if text.startswith("//"):
+            commented = True
+            continue
+        declares = re.match(r"(message|enum|service|rpc|oneof)\b|.*= \d+( \[.*\])?;$", text)
+        if declares and not text.startswith(("syntax", "option")):
+            assert commented, f"{path.name}:{number}: {text}"
+        commented = False
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_engine_and_storage_know_no_transport() -> None:
+    for folder in ("engine", "storage"):
+        for path in (ROOT / "server" / "optserve_server" / folder).rglob("*.py"):
+            for module in imports(path):
+                assert not module.startswith(("grpc", "optserve._transport", "optserve._wire")), (
+                    f"{path.name}: {module}"
+                )
+                assert folder != "engine" or not module.startswith(("optserve.v1", "optserve_server.storage"))
+
+
+def test_dependencies_point_one_way() -> None:
+    """Engine ← storage ← service ← server ← command line; the SDK knows of the server only to run it in memory."""
+    ranks = {"engine": 0, "storage": 1, "gate": 1, "step": 2, "service": 3, "interceptor": 3, "config": 3, "server": 4}
+    ranks |= {"logs": 4, "__init__": 5, "demo": 6, "cli": 7, "__main__": 8}
+    package = ROOT / "server" / "optserve_server"
+    for path in package.rglob("*.py"):
+        own = ranks[path.relative_to(package).parts[0].removesuffix(".py")]
+        for module in imports(path):
+            if match := re.match(r"optserve_server\.(\w+)", module):
+                assert ranks.get(match[1], 0) <= own, f"{path.relative_to(package)} imports {module}"
+    users = [path.name for path in (ROOT / "client" / "optserve").glob("*.py") if "optserve_server" in path.read_text()]
+    assert set(users) <= {"_transport.py", "__init__.py"}
+
+
+def test_public_names_are_complete_and_sorted() -> None:
+    names = [name for name in optserve.__all__ if name != "optim"]
+    assert names == sorted(names)
+    errors = {error.__name__ for error in _errors._tree(_errors.OptserveError)}
+    assert errors <= set(names)
+    assert {name for name in vars(optim) if name in optim.catalogue()} <= set(optim.__all__)
+
+
+def test_every_error_maps_to_a_status_code_and_back() -> None:
+    import grpc
+
+    for error in _errors._tree(_errors.OptserveError):
+        assert error.code in grpc.StatusCode.__members__
+        assert type(_errors.error_from(error.code, error.reason(), "why")) is error
+        assert error.__doc__
+
+
+def test_the_tree_drawn_in_the_errors_module_is_the_tree() -> None:
+    drawn = re.findall(r"^[│├└─ ]*(\w+)", _errors.__doc__ or "", re.MULTILINE)
+    assert {error.__name__ for error in _errors._tree(_errors.OptserveError)} == {
+        name for name in drawn if hasattr(_errors, name)
+    }
+
+
+def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
+    import inspect
+
+    import torch
+
+    implementation = {"foreach", "capturable", "differentiable", "fused", "params"}
+    for name in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam"):
+        theirs = {
+            key: parameter.default
+            for key, parameter in inspect.signature(getattr(torch.optim, name)).parameters.items()
+            if key not in implementation
+        }
+        ours = getattr(optim, name)().hyperparameters
+        if name == "AdamW":
+            assert ours.pop("decoupled_weight_decay") is True
+        assert ours == {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
+
+
+def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    """In order, in one namespace, with the server's address replaced by the engine in this process."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(block.replace('"localhost:50051"', '":memory:"'), namespace)
+
+
+def test_generated_code_is_current(tmp_path: Path) -> None:
+    path = ROOT / "proto" / "generate.py"
+    specification = importlib.util.spec_from_file_location("generate", path)
+    assert specification
+    assert specification.loader
+    generator = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(generator)
+    generator.generate(tmp_path)
+    fresh = {file.name: file.read_text() for file in (tmp_path / "optserve" / "v1").iterdir()}
+    folder = ROOT / "client" / "optserve" / "v1"
+    committed = {file.name: file.read_text() for file in folder.iterdir() if file.suffix in (".py", ".pyi")}
+    committed.pop("__init__.py")
+    assert fresh == committed

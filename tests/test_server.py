@@ -1,0 +1,243 @@
+"""The server as a process: ports, signals, draining, restarts, the command line."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optserve
+from optserve import optim
+from optserve_server import Config, Server
+from processes import ServerProcess, running
+
+ONES = {"x": np.ones(3, np.float32)}
+START = {"x": np.zeros(3, np.float32)}
+
+
+def optserve_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "optserve_server", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_free_port_is_taken_on_request_and_loopback_is_the_default() -> None:
+    assert Config().is_local
+    with Server(Config(listen="127.0.0.1:0")) as one, Server(Config(listen="127.0.0.1:0")) as two:
+        assert one.address != two.address
+        assert not one.address.endswith(":0")
+
+
+def test_a_unix_socket_works(tmp_path: Path) -> None:
+    with Server(Config(listen=f"unix:{tmp_path}/socket")) as server, optserve.Client(server.address) as client:
+        assert client.create_parameter_set("a", START, optim.SGD()).push(ONES).version == 1
+
+
+def test_a_second_server_on_one_port_is_refused() -> None:
+    with Server(Config(listen="127.0.0.1:0")) as server, pytest.raises(OSError, match="is another server there"):
+        Server(Config(listen=server.address))
+
+
+def test_a_second_server_on_one_data_directory_is_refused(tmp_path: Path) -> None:
+    with (
+        Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)),
+        pytest.raises(OSError, match="another server uses the data directory"),
+    ):
+        Server(Config(listen="127.0.0.1:0", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"listen": "nowhere"}, "host:port"),
+        ({"threads": 0}, "thread"),
+        ({"max_streams": 0}, "stream"),
+        ({"grace": -1}, "grace"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)  # type: ignore[arg-type]
+
+
+def test_streams_beyond_the_limit_are_told_to_try_again() -> None:
+    with (
+        Server(Config(listen="127.0.0.1:0", max_streams=2)) as server,
+        optserve.Client(server.address, timeout=0.5) as client,
+    ):
+        handles = [client.create_parameter_set("a", START, optim.SGD()), client.parameter_set("a")]
+        for handle in handles:
+            handle.push(ONES)
+        third = client.parameter_set("a")
+        with pytest.raises(optserve.ServerBusy, match="at most 2 streams"):
+            third.push(ONES)
+        handles[0].close()
+        with optserve.Client(server.address) as patient:
+            assert patient.parameter_set("a").push(ONES).version == 3
+
+
+def test_a_push_in_flight_is_finished_and_kept_when_the_server_stops(tmp_path: Path) -> None:
+    """The push is held half way, the server is told to stop, and only then the rest is sent: it must be applied."""
+    go_on = threading.Event()
+    large = {"x": np.ones(1 << 20, np.float32)}
+    server = Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)).start()
+    with optserve.Client(server.address) as client, ThreadPoolExecutor(2) as pool:
+        weights = client.create_parameter_set("a", large, optim.SGD(lr=1.0, maximize=True))
+        weights.push(large)
+        stream = weights._session._stream
+        assert stream is not None
+        send = stream.send
+
+        def held(frames: Iterable[Any]) -> Iterator[Any]:
+            first, *rest = frames
+            yield first
+            go_on.wait()
+            yield from rest
+
+        stream.send = lambda frames: send(held(frames))  # type: ignore[method-assign]
+        pushing = pool.submit(weights.push, large)
+        gate = server._service.pushes
+        with gate._changed:
+            gate._changed.wait_for(lambda: gate._inside == 1)
+            stopping = pool.submit(server.stop)
+            gate._changed.wait_for(lambda: gate._closed)
+        go_on.set()
+        assert pushing.result().version == 2
+        stopping.result()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        params = client.parameter_set("a").pull()
+        assert params is not None
+        assert params.version == params.position.durable_version == 2
+        np.testing.assert_array_equal(params["x"], 3)
+
+
+def test_a_draining_server_takes_no_new_push(tmp_path: Path) -> None:
+    server = Server(Config(listen="127.0.0.1:0")).start()
+    with optserve.Client(server.address, timeout=0.5) as client:
+        weights = client.create_parameter_set("a", START, optim.SGD())
+        weights.push(ONES)
+        server._service.pushes.close()
+        with pytest.raises(optserve.OptserveError, match="draining"):
+            weights.push(ONES)
+        assert weights.describe().version == 1
+    server.stop()
+
+
+def test_a_worker_goes_on_over_a_restart_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """The same pushes with and without a restart in the middle give the same bits, state included."""
+    arguments = ("--data-dir", str(tmp_path / "data"))
+    log = tmp_path / "log"
+    gradients = [{"x": np.random.default_rng(k).normal(size=3).astype(np.float32)} for k in range(10)]
+    first = ServerProcess("--listen", "127.0.0.1:0", *arguments, log=log)
+    with optserve.Client(first.address) as client, optserve.Client(":memory:") as undisturbed:
+        weights = client.create_parameter_set("a", START, optim.NAdam(lr=0.1), groups=[optim.Group("g", "x", eps=1e-3)])
+        twin = undisturbed.create_parameter_set(
+            "a", START, optim.NAdam(lr=0.1), groups=[optim.Group("g", "x", eps=1e-3)]
+        )
+        for each in (weights, twin):
+            for gradient in gradients[:4]:
+                each.push(gradient)
+            each.update(group="g", lr=0.05)
+        assert first.stop() == 0
+        with running("--listen", first.address, *arguments, log=log):
+            for gradient in gradients[4:]:
+                expected, params = twin.step(gradient), weights.step(gradient)
+                assert params.receipt is not None
+                assert expected.receipt is not None
+                assert (params.version, params.receipt.sequence) == (expected.version, expected.receipt.sequence)
+                np.testing.assert_array_equal(params["x"], expected["x"])
+
+
+def test_a_killed_server_comes_back_at_its_checkpoint_and_says_what_is_lost(tmp_path: Path) -> None:
+    arguments = ("--data-dir", str(tmp_path / "data"))
+    first = ServerProcess("--listen", "127.0.0.1:0", *arguments, log=tmp_path / "log")
+    with optserve.Client(first.address) as client:
+        weights = client.create_parameter_set("a", START, optim.SGD(lr=1.0, maximize=True))
+        weights.push(ONES)
+        assert weights.checkpoint().durable_version == 1
+        for _ in range(3):
+            weights.push(ONES)
+        first.stop(signal.SIGKILL)
+        with running("--listen", first.address, *arguments, log=tmp_path / "log"):
+            with pytest.raises(
+                optserve.RolledBack, match="came back at version 1.*of this handle's 4 pushes it knows 1"
+            ):
+                weights.push(ONES)
+            params = weights.step(ONES)
+            assert params.version == 2
+            np.testing.assert_array_equal(params["x"], 2)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        weights = client.create_parameter_set("a", START, optim.SGD(lr=1.0, maximize=True))
+        for _ in range(3):
+            weights.push(ONES)
+            weights.checkpoint()
+        files = sorted((tmp_path / "sets").rglob("*.safetensors"))
+        assert len(files) == 2
+    newest = max((tmp_path / "sets").rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        params = client.parameter_set("a").pull()
+        assert params is not None
+        np.testing.assert_array_equal(params["x"], params.version)
+
+
+def test_a_deleted_set_stays_deleted(tmp_path: Path) -> None:
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        weights = client.create_parameter_set("a", START, optim.SGD())
+        weights.checkpoint()
+        weights.delete()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        assert client.list_parameter_sets() == []
+
+
+def test_checkpoint_without_a_data_directory_is_refused(client: optserve.Client, new_id: Callable[[], str]) -> None:
+    weights = client.create_parameter_set(new_id(), START, optim.SGD())
+    with pytest.raises(optserve.NoDataDirectory, match="--data-dir"):
+        weights.checkpoint()
+
+
+def test_the_command_line_operates_a_running_server(tmp_path: Path) -> None:
+    with running("--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"), log=tmp_path / "log") as server:
+        at = ("--address", server.address)
+        assert optserve_command("health", *at).stdout == f"{server.address}: SERVING\n"
+        with optserve.Client(server.address) as client:
+            client.create_parameter_set("digits/mlp", START, optim.Adam()).push(ONES)
+        assert "digits/mlp" in optserve_command("list", *at).stdout
+        changed = optserve_command("set", "digits/mlp", "lr=3e-4", "betas=0.8,0.99", "maximize=true", *at)
+        assert changed.stdout == "digits/mlp: lr, betas, maximize changed after version 1\n"
+        described = optserve_command("describe", "digits/mlp", *at).stdout
+        assert "betas=(0.8, 0.99)" in " ".join(described.split())
+        assert (
+            optserve_command("checkpoint", "digits/mlp", *at).stdout == "digits/mlp: version 1 is on stable storage\n"
+        )
+        refused = optserve_command("set", "digits/mlp", "lr=-1", *at)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("optserve: expected lr to be finite, at least 0")
+        assert optserve_command("delete", "digits/mlp", *at).returncode == 0
+        missing = optserve_command("describe", "digits/mlp", *at)
+        assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+        assert server.stop() == 0
+        events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+        assert [event["event"] for event in events][:1] == ["serving"]
+        assert events[-1]["event"] == "stopped"
+        assert {"reason": "INVALID_HYPERPARAMETER", "level": "info"}.items() <= events[1].items()
+
+
+def test_a_port_in_use_is_one_line_on_standard_error() -> None:
+    with Server(Config(listen="127.0.0.1:0")) as server:
+        result = optserve_command("serve", "--listen", server.address)
+    assert result.returncode == 1
+    assert "is another server there?" in result.stderr
+    assert "Traceback" not in result.stderr
