@@ -14,7 +14,7 @@ from rich.table import Table
 
 import optserve
 from optserve import optim
-from optserve_server import logs
+from optserve_server import allocator, logs
 from optserve_server.config import Config
 from optserve_server.server import Server
 
@@ -47,6 +47,7 @@ def serve(
 ) -> None:
     """Run a server until SIGTERM or Ctrl-C, then drain it."""
     logs.configure(log_level)
+    allocator.keep_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
