@@ -33,7 +33,6 @@ def test_a_push_whose_acknowledgement_is_lost_is_applied_once(
         assert (receipt.sequence, receipt.version, receipt.applied, receipt.duplicate) == (2, 2, True, True)
         assert not weights.push(ones).duplicate
     params = direct.pull()
-    assert params is not None
     np.testing.assert_array_equal(params["x"], np.full(4, 3, np.float32))
     assert params.version == 3
 
@@ -70,7 +69,6 @@ def test_pushes_over_a_connection_that_breaks_anywhere_are_each_applied_once(
             duplicates += receipt.duplicate
         assert proxy.connections > 5
     params = direct.pull()
-    assert params is not None
     np.testing.assert_array_equal(params["x"][:pushes], 1)
     np.testing.assert_array_equal(params["x"][pushes:], 0)
 
@@ -138,6 +136,5 @@ def test_workers_push_concurrently_without_losing_an_update(client: optserve.Cli
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     params = weights.pull()
-    assert params is not None
     assert params.version == 120
     np.testing.assert_array_equal(params["x"], 120)

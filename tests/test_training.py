@@ -24,7 +24,6 @@ def test_linear_regression_converges_to_its_least_squares_solution(
     slope, intercept = np.polyfit(x, y, 1)
     weights = client.create_parameter_set(new_id(), {"slope": np.zeros(()), "intercept": np.zeros(())}, optimizer)
     params = weights.pull()
-    assert params is not None
     for _ in range(1500):
         error = params["slope"] * x + params["intercept"] - y
         params = weights.step({"slope": 2 * (error * x).mean(), "intercept": 2 * error.mean()})
@@ -43,7 +42,6 @@ def test_four_asynchronous_workers_reach_the_same_solution(tcp_client: optserve.
     def work(part: slice) -> None:
         with tcp_client.parameter_set(set_id) as mine:
             params = mine.pull()
-            assert params is not None
             for _ in range(400):
                 error = params["slope"] * x[part] - y[part]
                 params = mine.step({"slope": 2 * (error * x[part]).mean()})
@@ -51,7 +49,6 @@ def test_four_asynchronous_workers_reach_the_same_solution(tcp_client: optserve.
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, [slice(begin, begin + 100) for begin in range(0, 400, 100)]))
     params = weights.pull()
-    assert params is not None
     assert params.version == 1600
     parts = [(x[begin : begin + 100], y[begin : begin + 100]) for begin in range(0, 400, 100)]
     solutions = [float(a @ b / (a @ a)) for a, b in parts]

@@ -1,7 +1,7 @@
 """What a worker holds: a handle on one parameter set."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from numpy.typing import ArrayLike
 
@@ -82,6 +82,12 @@ class ParameterSet:
         receipt, _ = self._session.exchange(self._outgoing(gradients, parameters, hyperparameters), None)
         assert receipt is not None
         return receipt
+
+    @overload
+    def pull(self, *, newer_than: None = None, tensors: Sequence[str] = ()) -> Parameters: ...
+
+    @overload
+    def pull(self, *, newer_than: "int | Position | Parameters", tensors: Sequence[str] = ()) -> Parameters | None: ...
 
     def pull(
         self, *, newer_than: "int | Position | Parameters | None" = None, tensors: Sequence[str] = ()

@@ -75,7 +75,7 @@ def typed(error: grpc.RpcError, address: str) -> OptserveError:
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"{address}: {details}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"{address} did not answer in time: {details}")
+        return DeadlineExceeded(f"no server answered at {address} in time")
     reason = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(REASON_KEY)
     return error_from(code.name, reason, details)
 
@@ -137,7 +137,7 @@ class GrpcStream:
             if self._failure is not None:
                 raise self._failure from None
             if time.monotonic() >= deadline:
-                raise DeadlineExceeded(f"{self._address} did not answer in time") from None
+                raise DeadlineExceeded(f"no server answered at {self._address} in time") from None
             raise typed(error, self._address) from None
         finally:
             expired()

@@ -64,7 +64,7 @@ def demo(
     optimizer: Annotated[OptimizerName, typer.Option(help="The rule to train with.")] = DEFAULT_OPTIMIZER,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates over all workers.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the network and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the network and of the batches.")] = 0,
     address: Annotated[
         str | None, typer.Option(envvar="OPTSERVE_ADDRESS", help="A running server; by default one is started.")
     ] = None,
@@ -75,10 +75,11 @@ def demo(
     with _reported(ModuleNotFoundError, hint="install optserve[demo]"):
         from optserve_server.demo import compare as comparison
         from optserve_server.demo import train as training
+        from optserve_server.demo.processes import ChildFailed
     given: dict[str, Any] = {"seed": seed}
     given |= {} if steps is None else {"steps": steps}
     given |= {} if output is None else {"output": output}
-    with _reported(optserve.OptserveError):
+    with _reported(optserve.OptserveError, ChildFailed, ValueError):
         if compare:
             comparison.compare(**given)
         else:

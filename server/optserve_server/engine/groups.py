@@ -52,6 +52,8 @@ def resolve(spec: ParameterSetSpec) -> tuple[TensorGroup, ...]:
 
 def change(groups: Sequence[TensorGroup], changes: Mapping[str, Mapping[str, Any]]) -> tuple[TensorGroup, ...]:
     """The groups with new hyperparameters; raises InvalidGroup or InvalidHyperparameter and leaves `groups` as they are."""
+    if not changes:
+        return tuple(groups)
     names = [group.name for group in groups]
     for name in changes:
         if name not in names:

@@ -1,0 +1,1 @@
+"""A demonstration: worker processes that learn to read handwritten digits through a server."""

@@ -1,0 +1,42 @@
+"""Training on the digits with workers that take turns in one process, which gives the same result every time."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+import optserve
+from optserve import optim
+from optserve_server.demo import digits
+from optserve_server.demo.digits import Array, Images
+from optserve_server.demo.replica import Replica
+
+WORKERS = 4  # so that every gradient is three updates old
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a rule achieved: the loss of each minibatch, (steps,), and the accuracy on the test images at the end."""
+
+    rule: optim.Optimizer
+    losses: Array
+    accuracy: float
+
+
+def teach(
+    client: optserve.Client, rule: optim.Optimizer, training: Images, test: Images, *, steps: int, seed: int
+) -> Lesson:
+    """Train with a rule for `steps` updates."""
+    set_id = f"demo/digits-{rule.rule}"
+    with ExitStack() as stack:
+        weights = stack.enter_context(client.create_parameter_set(set_id, digits.initial_parameters(seed), rule))
+        handles = [stack.enter_context(client.parameter_set(set_id)) for _ in range(WORKERS)]
+        replicas = [
+            Replica(handle, training, worker=worker, seed=seed, steps=-(-steps // WORKERS))
+            for worker, handle in enumerate(handles)
+        ]
+        losses = [replicas[step % WORKERS].step().loss for step in range(steps)]
+        parameters = weights.pull()
+        weights.delete()
+    assert parameters is not None
+    return Lesson(rule, np.array(losses), digits.accuracy(parameters, test))
