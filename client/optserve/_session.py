@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from optserve._buffers import Buffers
 from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -72,6 +73,7 @@ class Session:
         self._last_receipt: Receipt | None = None
         self._base: Position | None = None  # of the parameters that the worker has; at first, of the set when opened
         self._tensors: tuple[TensorSpec, ...] = ()
+        self._buffers = Buffers()
 
     def exchange(
         self, push: OutgoingPush | None, pull: OutgoingPull | None
@@ -217,7 +219,7 @@ class Session:
         if header.unchanged:
             return None
         specs = [self._tensors[index] for index in header.tensors]
-        arrays = [np.empty(spec.shape, spec.dtype.array_dtype) for spec in specs]
+        arrays = self._buffers.arrays(specs)
         remaining = sum(spec.size for spec in specs)
         while True:
             if answer.payload is not None:

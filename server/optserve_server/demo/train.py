@@ -113,8 +113,7 @@ def _progress(
         done, pending = wait(pending, timeout=REFRESH, return_when=FIRST_EXCEPTION)
         for reader in done:
             reader.result()
-        parameters = weights.pull()
-        yield parameters
+        yield weights.pull()
 
 
 def _collect(child: Child, history: History) -> None:

@@ -61,8 +61,8 @@ def copy(arena: Arena) -> Arena:
     return {compute: array.copy() for compute, array in arena.items()}
 
 
-def aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Zeroed bytes at a 64-byte boundary."""
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+def aligned(nbytes: int, *, zeroed: bool = True) -> NDArray[np.uint8]:
+    """Bytes at a 64-byte boundary."""
+    raw = (np.zeros if zeroed else np.empty)(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes]

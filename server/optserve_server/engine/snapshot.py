@@ -43,7 +43,7 @@ def take(
     threads: Threads,
 ) -> Snapshot:
     """Encode some tensors of an arena; the caller keeps the arena from changing meanwhile."""
-    buffer = aligned(sum(specs[index].nbytes for index in indices))
+    buffer = aligned(sum(specs[index].nbytes for index in indices), zeroed=False)
     data: dict[int, NDArray[np.uint8]] = {}
     tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
     begin, address = 0, buffer.ctypes.data
