@@ -92,6 +92,16 @@ BAD = {
     "pull of an unknown tensor": Bad(
         lambda client, weights: weights.pull(tensors=["w", "z"]), optserve.TensorMismatch, "among 'w', 'b'; got 'z'"
     ),
+    "step that asks for an unknown tensor": Bad(
+        lambda client, weights: weights.step({"w": W}, tensors=["typo"]), optserve.TensorMismatch, "among 'w', 'b'; got 'typo'"
+    ),
+    "tensor name that is no text": Bad(
+        lambda client, weights: weights.push({1: W}),  # type: ignore[dict-item]
+        optserve.InvalidName, "type str; got int: 1",
+    ),
+    "group with a value of no wire type": Bad(
+        creating("bad/set", groups=[optim.Group("g", "w", lr=object())]), optserve.InvalidHyperparameter, "got object"
+    ),
     "id that climbs": Bad(creating("../x"), optserve.InvalidName, "expected an id.*got '../x'"),
     "id with an empty component": Bad(creating("a//b"), optserve.InvalidName, "got 'a//b'"),
     "absolute id": Bad(creating("/etc/passwd"), optserve.InvalidName, "got '/etc/passwd'"),

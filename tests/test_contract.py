@@ -85,6 +85,12 @@ def whole_push(sequence: int, values: Any = None, **fields: Any) -> step_pb2.Ste
     return step_pb2.StepRequest(push=pushing(sequence), chunk=chunk(values), commit=True, **fields)
 
 
+def with_rate(request: step_pb2.StepRequest, rate: float) -> step_pb2.StepRequest:
+    change = request.push.hyperparameters.add()
+    change.hyperparameters["lr"].number = rate
+    return request
+
+
 def run(stub: Stub, *requests: step_pb2.StepRequest) -> list[step_pb2.StepResponse]:
     return list(stub.Step(iter(requests)))
 
@@ -104,7 +110,7 @@ def refused(error: grpc.RpcError) -> tuple[str, str, str]:
 def test_a_small_step_is_one_message_each_way(stub: Stub, set_id: str) -> None:
     opened, answer = run(stub, opening(set_id), whole_push(1, pull=step_pb2.Pull()))
     assert opened.opened.epoch != 0
-    assert opened.opened.parameter_set.spec.id == set_id
+    assert list(opened.opened.tensors) == [tensor()]
     assert answer.receipt.applied
     assert answer.parameters.position.version == 1
     assert answer.end
@@ -175,6 +181,7 @@ def test_a_refused_push_is_recorded_and_gets_the_same_refusal_again(stub: Stub, 
             "expected 40 bytes.*got 3",
         ),
         ([], "INVALID_CHUNK", "got 0"),
+        ([step_pb2.StepRequest(chunk=tensor_pb2.Chunk())], "INVALID_CHUNK", "at least one segment"),
     ],
 )  # fmt: skip
 def test_truncated_and_overlapping_chunks_are_refused(
@@ -195,6 +202,7 @@ def test_truncated_and_overlapping_chunks_are_refused(
         (tensor("y"), "TENSOR_MISMATCH"),
         (tensor(size=11), "TENSOR_MISMATCH"),
         (tensor_pb2.TensorSpec(name="x", dtype=tensor_pb2.DTYPE_FLOAT64, shape=[SIZE]), "TENSOR_MISMATCH"),
+        (tensor(size=2**47), "TENSOR_MISMATCH"),  # nothing is allocated from what a push says
     ],
 )
 def test_a_wrong_declaration_is_refused(stub: Stub, set_id: str, spec: tensor_pb2.TensorSpec, reason: str) -> None:
@@ -227,6 +235,13 @@ STREAM_ERRORS: dict[str, tuple[list[Any], str, str]] = {
     "bad client id": ([lambda name: opening(name, "../x")], "INVALID_ARGUMENT", "INVALID_NAME"),
     "shape that overflows": (
         [opening, lambda _: step_pb2.StepRequest(push=pushing(1, LYING))], "INVALID_ARGUMENT", "INVALID_TENSOR",
+    ),
+    "pull inside a push": (
+        [opening, lambda _: step_pb2.StepRequest(push=pushing(1), pull=step_pb2.Pull())],
+        "FAILED_PRECONDITION", "MESSAGE_ORDER",
+    ),
+    "one sequence, two learning rates": (
+        [opening, lambda _: whole_push(1), lambda _: with_rate(whole_push(1), 0.5)], "INVALID_ARGUMENT", "SEQUENCE_REUSED",
     ),
     "no dtype": ([opening, lambda _: step_pb2.StepRequest(push=pushing(1, UNTYPED))], "INVALID_ARGUMENT", "INVALID_TENSOR"),
 }  # fmt: skip

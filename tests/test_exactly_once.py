@@ -1,8 +1,11 @@
 """A push is applied exactly once, whatever the connection loses."""
 
+import gc
 import random
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import optserve
 from optserve import optim
 from optserve_server import Config, Server
+from optserve_server.engine.threads import Threads
 from proxy import Proxy
 
 NewId = Callable[[], str]
@@ -40,17 +44,28 @@ def test_a_push_whose_acknowledgement_is_lost_is_applied_once(
 def test_a_refusal_whose_answer_is_lost_is_the_same_refusal(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
+    """Also for a step, whose pull is then not answered, so that the pushes after it get their own receipts."""
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client:
-        weights = client.parameter_set(direct.id)
-        weights.push({"x": np.ones(4, np.float32)})
+    ones = {"x": np.ones(4, np.float32)}
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+        weights = client.parameter_set(direct.id, client_id="refused")
+        weights.push(ones)
+        (entry,) = server._engine.get(direct.id)._sessions.copy()
+        assert entry.last_sequence == 1
+        proxy.swallow_answers()
+        stepping = pool.submit(weights.step, {"x": np.full(4, np.nan, np.float32)})
+        while server._engine.get(direct.id)._sessions.copy()[0].last_sequence < 2:
+            assert not stepping.done()
         proxy.cut()
         with pytest.raises(optserve.NonFiniteValue):
-            weights.push({"x": np.full(4, np.nan, np.float32)})
-        assert weights.push({"x": np.ones(4, np.float32)}).sequence == 3
+            stepping.result()
+        receipts = [weights.push(ones) for _ in range(3)]
+        assert [receipt.sequence for receipt in receipts] == [3, 4, 5]
+        assert [receipt.version for receipt in receipts] == [2, 3, 4]
+        assert not any(receipt.duplicate for receipt in receipts)
 
 
-def test_pushes_over_a_connection_that_breaks_anywhere_are_each_applied_once(
+def test_steps_over_a_connection_that_breaks_anywhere_are_each_applied_once(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     """Every connection carries a random number of bytes, so it breaks in requests, answers and handshakes alike."""
@@ -64,16 +79,18 @@ def test_pushes_over_a_connection_that_breaks_anywhere_are_each_applied_once(
         for number in range(pushes):
             gradient = np.zeros(size, np.float32)
             gradient[number] = 1
-            receipt = weights.push({"x": gradient})
+            receipt = weights.step({"x": gradient}).receipt
+            assert receipt is not None
             assert (receipt.sequence, receipt.version) == (number + 1, number + 1)
             duplicates += receipt.duplicate
         assert proxy.connections > 5
+        assert 0 < duplicates < pushes  # some answers were lost, some pushes had to be sent again
     params = direct.pull()
     np.testing.assert_array_equal(params["x"][:pushes], 1)
     np.testing.assert_array_equal(params["x"][pushes:], 0)
 
 
-def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_settled_by_the_next(
+def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_can_be_settled(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
@@ -82,10 +99,97 @@ def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_settled_by_t
         weights = client.parameter_set(direct.id)
         weights.push(ones)
         proxy.swallow_answers()
-        with pytest.raises(optserve.OutcomeUnknown, match=r"push 2 .*the next push finds out"):
+        with pytest.raises(optserve.OutcomeUnknown, match=r"push 2 .*settle\(\) finds out"):
             weights.push(ones)
         proxy.cut()
-        assert weights.push(ones).sequence == direct.describe().version
+        receipt = weights.settle()
+        assert receipt is not None
+        assert (receipt.sequence, receipt.version, receipt.applied) == (2, 2, True)
+        assert weights.settle() is None
+        assert weights.push(ones).sequence == 3
+    np.testing.assert_array_equal(direct.pull()["x"], np.full(4, 3, np.float32))
+
+
+def test_a_push_that_never_arrived_settles_as_not_applied(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    ones = {"x": np.ones(4, np.float32)}
+    limit = [1 << 30]
+    with Proxy(server.address, lambda: limit[0]) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+        weights = client.parameter_set(direct.id)
+        weights.push(ones)
+        limit[0] = 0  # from now on no connection carries anything
+        stream = weights._session._stream
+        assert stream is not None
+        send = stream.send
+
+        def cut_first(frames: object) -> None:
+            proxy.cut()
+            send(frames)  # type: ignore[arg-type]
+
+        stream.send = cut_first  # type: ignore[method-assign]
+        with pytest.raises(optserve.OutcomeUnknown):
+            weights.push(ones)
+        limit[0] = 1 << 30
+        assert weights.settle() is None
+        assert weights.push(ones).sequence == 2
+    assert direct.describe().version == 2
+
+
+def test_closing_a_handle_ends_a_call_that_another_thread_waits_in(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+        weights = client.parameter_set(direct.id)
+        weights.push({"x": np.ones(4, np.float32)})
+        proxy.swallow_answers()
+        pushing = pool.submit(weights.push, {"x": np.ones(4, np.float32)})
+        while direct.describe().version < 2:
+            assert not pushing.done()
+        weights.close()
+        with pytest.raises(optserve.ClientClosed):
+            pushing.result()
+    assert direct.describe().version == 2
+
+
+def test_interrupting_the_caller_does_not_interrupt_the_update(
+    memory_client: optserve.Client, new_id: NewId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the engine in this process is at work: the update is whole, and counted once."""
+    weights = memory_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
+    ones = {"x": np.ones(4, np.float32)}
+    weights.push(ones)
+    run = Threads.run
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        run(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Threads, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            weights.push(ones)
+    receipt = weights.settle()
+    assert receipt is not None
+    assert receipt.version == 2
+    np.testing.assert_array_equal(weights.step(ones)["x"], np.full(4, 3, np.float32))
+
+
+def test_handles_that_are_dropped_leave_no_stream_behind(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    set_id = new_id()
+    tcp_client.create_parameter_set(set_id, {"x": [0.0]}, COUNTING)
+    gc.collect()
+    before = server._service.streams._inside
+    for _ in range(20):
+        tcp_client.parameter_set(set_id).pull()
+    gc.collect()
+    gate = server._service.streams
+    with gate._changed:
+        assert gate._changed.wait_for(lambda: gate._inside <= before, timeout=30)
 
 
 def test_a_server_that_is_not_there_is_reported_in_time() -> None:

@@ -1,6 +1,7 @@
 """The server as a process: ports, signals, draining, restarts, the command line."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 import optserve
 from optserve import optim
 from optserve_server import Config, Server
+from optserve_server.storage.directory import DataDirectory
 from processes import ServerProcess, running
+from proxy import Proxy
 
 ONES = {"x": np.ones(3, np.float32)}
 START = {"x": np.zeros(3, np.float32)}
@@ -123,7 +126,7 @@ def test_a_draining_server_takes_no_new_push(tmp_path: Path) -> None:
         weights = client.create_parameter_set("a", START, optim.SGD())
         weights.push(ONES)
         server._service.pushes.close()
-        with pytest.raises(optserve.OptserveError, match="draining"):
+        with pytest.raises(optserve.ServerDraining, match="draining"):
             weights.push(ONES)
         assert weights.describe().version == 1
     server.stop()
@@ -165,9 +168,7 @@ def test_a_killed_server_comes_back_at_its_checkpoint_and_says_what_is_lost(tmp_
             weights.push(ONES)
         first.stop(signal.SIGKILL)
         with running("--listen", first.address, *arguments, log=tmp_path / "log"):
-            with pytest.raises(
-                optserve.RolledBack, match="came back at version 1.*of this handle's 4 pushes it knows 1"
-            ):
+            with pytest.raises(optserve.RolledBack, match=r"came back at version 1.*of its 4 pushes 1 are left"):
                 weights.push(ONES)
             params = weights.step(ONES)
             assert params.version == 2
@@ -175,20 +176,93 @@ def test_a_killed_server_comes_back_at_its_checkpoint_and_says_what_is_lost(tmp_
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    """Wherever a bit of the newest file flips, and wherever it is cut off."""
     with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
         weights = client.create_parameter_set("a", START, optim.SGD(lr=1.0, maximize=True))
         for _ in range(3):
             weights.push(ONES)
             weights.checkpoint()
-        files = sorted((tmp_path / "sets").rglob("*.safetensors"))
-        assert len(files) == 2
-    newest = max((tmp_path / "sets").rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    damaged = bytearray(newest.read_bytes())
-    damaged[-1] ^= 1
-    newest.write_bytes(damaged)
+        server._storage = server._service._storage = None  # leave it at that
+    _, newest = sorted((tmp_path / "sets").rglob("*.safetensors"))
+    sound = newest.read_bytes()
+    randomness = random.Random(0)
+    damages = [sound[: randomness.randrange(len(sound))] for _ in range(20)]
+    for _ in range(80):
+        flipped = bytearray(sound)
+        flipped[randomness.randrange(len(sound))] ^= 1 << randomness.randrange(8)
+        damages.append(bytes(flipped))
+    versions = []
+    for damaged in [sound, *damages]:
+        newest.write_bytes(damaged)
+        directory = DataDirectory(tmp_path)
+        (state,) = directory.read_all()
+        directory.close()
+        versions.append(state.position.version)
+        assert (state.arenas["parameters"][np.dtype(np.float32)][:3] == state.position.version).all()
+    assert versions == [3] + [2] * len(damages)
+
+
+def test_stopping_twice_writes_once_and_leaves_the_next_server_alone(tmp_path: Path) -> None:
+    first = Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)).start()
+    with optserve.Client(first.address) as client:
+        client.create_parameter_set("a", START, optim.SGD(lr=1.0, maximize=True)).push(ONES)
+    first.stop()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as second, optserve.Client(second.address) as client:
+        client.parameter_set("a").push(ONES)
+        first.stop()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as third, optserve.Client(third.address) as client:
+        assert client.parameter_set("a").pull().version == 2
+
+
+def test_a_server_that_cannot_listen_gives_its_data_directory_back(tmp_path: Path) -> None:
+    with Server(Config(listen="127.0.0.1:0")) as other, pytest.raises(OSError, match="is another server there"):
+        Server(Config(listen=other.address, data_dir=tmp_path))
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)):
+        pass
+
+
+def test_checkpoints_from_many_threads_and_deletions_do_not_mix(tmp_path: Path) -> None:
     with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
-        params = client.parameter_set("a").pull()
-        np.testing.assert_array_equal(params["x"], params.version)
+        handles = [client.create_parameter_set(f"set-{k}", START, optim.SGD()) for k in range(8)]
+
+        def work(handle: optserve.ParameterSet) -> None:
+            for _ in range(3):
+                handle.push(ONES)
+                handle.checkpoint()
+
+        def delete(handle: optserve.ParameterSet) -> None:
+            try:
+                work(handle)
+            except optserve.ParameterSetNotFound:
+                return
+
+        with ThreadPoolExecutor(12) as pool:
+            futures = [pool.submit(work, client.parameter_set(handle.id)) for handle in handles[:4] for _ in range(2)]
+            futures += [pool.submit(delete, client.parameter_set(handle.id)) for handle in handles[4:]]
+            for handle in handles[4:]:
+                handle.delete()
+            for future in futures:
+                future.result()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        listed = {each.id: each.version for each in client.list_parameter_sets()}
+        assert listed == {f"set-{k}": 6 for k in range(4)}
+
+
+def test_a_step_of_moments_whose_updates_a_restart_lost_is_not_mistaken_for_one_without(tmp_path: Path) -> None:
+    config = Config(listen="127.0.0.1:0", data_dir=tmp_path)
+    server = Server(config).start()
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+        weights = client.create_parameter_set("a", START, optim.SGD(), holds="moments")
+        weights.step(ONES)
+        proxy.swallow_answers()
+        stepping = pool.submit(weights.step, ONES)
+        while server._engine.get("a").position.version < 2:
+            assert not stepping.done()
+        server.stop()
+        with Server(Config(listen=server.address, data_dir=tmp_path)):
+            proxy.cut()
+            with pytest.raises(optserve.OutcomeUnknown, match="its updates were gone"):
+                stepping.result()
 
 
 def test_a_deleted_set_stays_deleted(tmp_path: Path) -> None:

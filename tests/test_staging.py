@@ -125,6 +125,20 @@ def test_a_transfer_with_missing_elements_is_refused() -> None:
         staging.finish()
 
 
+def test_what_replaces_is_guarded_whatever_it_is_replaced_by_in_the_same_chunk() -> None:
+    staging = Staging([TensorSpec.of("x", np.zeros(10, np.float32))], THREADS)
+    data = np.concatenate([np.ones(10, np.float32), np.full(10, np.nan, np.float32)])
+    staging.add([Run(0, 0, 10), Run(0, 0, 10)], data.view(np.uint8), replace=True)
+    with pytest.raises(NonFiniteValue):
+        staging.finish()
+
+
+def test_elements_one_by_one_are_refused_before_their_bookkeeping_outgrows_them() -> None:
+    staging = Staging([TensorSpec.of("x", np.zeros(100_000, np.float32))], THREADS)
+    with pytest.raises(InvalidChunk, match=r"at most \d+ segments"):
+        staging.add([Run(0, 2 * k, 1) for k in range(1000)], bytes(4000))
+
+
 def test_replacing_without_end_is_refused() -> None:
     staging = Staging([TensorSpec.of("x", np.zeros(10, np.float32))], THREADS)
     with pytest.raises(InvalidChunk, match=r"4 times the size"):  # noqa: PT012 - which of them is the last does not matter

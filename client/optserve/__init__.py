@@ -19,10 +19,12 @@ from optserve._errors import (
     OutcomeUnknown,
     ParameterSetExists,
     ParameterSetNotFound,
+    Refusal,
     RolledBack,
     SequenceGap,
     SequenceReused,
     ServerBusy,
+    ServerDraining,
     ServerError,
     ServerUnavailable,
     SessionSuperseded,
@@ -31,7 +33,7 @@ from optserve._errors import (
     UnknownRule,
 )
 from optserve._parameter_set import ParameterSet
-from optserve._results import Description, Durability, GroupDescription, Parameters, Position, Receipt
+from optserve._results import Description, Durability, GroupDescription, Parameters, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 
 __all__ = [
@@ -61,14 +63,17 @@ __all__ = [
     "Parameters",
     "Position",
     "Receipt",
+    "Refusal",
     "RolledBack",
     "SequenceGap",
     "SequenceReused",
     "ServerBusy",
+    "ServerDraining",
     "ServerError",
     "ServerUnavailable",
     "SessionSuperseded",
     "SpecificationMismatch",
+    "Summary",
     "TensorMismatch",
     "TensorSpec",
     "UnknownRule",

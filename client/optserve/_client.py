@@ -8,13 +8,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optserve._messages import decode_description, encode_spec
+from optserve._messages import decode_description, decode_position, decode_summary, encode_spec
 from optserve._parameter_set import ParameterSet
-from optserve._results import Description
+from optserve._results import Position, Summary
 from optserve._retry import retried
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
 from optserve._transport import connect
-from optserve._wire import Frame, pack
+from optserve._wire import Frame, bytes_of, pack
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
 
@@ -45,11 +45,13 @@ class Client:
         groups: Sequence[Group] = (),
         holds: Holds | str = Holds.PARAMETERS,
         exist_ok: bool = False,
+        client_id: str | None = None,
     ) -> ParameterSet:
         """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
 
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates. With
-        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are.
+        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` is as in
+        `parameter_set`.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, NonFiniteValue, ParameterSetExists, or with
         `exist_ok` SpecificationMismatch.
@@ -57,8 +59,10 @@ class Client:
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
         spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))
-        self._transport.call("CreateParameterSet", _creation(spec, arrays, exist_ok), self._timeout, wait=True)
-        return self._handle(spec, None)
+        first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
+        response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
+        base = decode_position(response.parameter_set.position) if response.created else None
+        return self._handle(spec, client_id, base)
 
     def parameter_set(self, id: str, *, client_id: str | None = None) -> ParameterSet:
         """A handle on an existing parameter set; raises ParameterSetNotFound.
@@ -70,11 +74,11 @@ class Client:
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
         return self._handle(decode_description(response.parameter_set).spec, client_id)
 
-    def list_parameter_sets(self) -> list[Description]:
+    def list_parameter_sets(self) -> list[Summary]:
         """All parameter sets on the server, ordered by id."""
         request = pb.ListParameterSetsRequest()
         response = retried(lambda left: self._transport.call("ListParameterSets", request, left), self._timeout)
-        return [decode_description(message) for message in response.parameter_sets]
+        return [decode_summary(message) for message in response.parameter_sets]
 
     def close(self) -> None:
         """Close every handle and the connection."""
@@ -88,19 +92,19 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _handle(self, spec: ParameterSetSpec, client_id: str | None) -> ParameterSet:
+    def _handle(self, spec: ParameterSetSpec, client_id: str | None, base: Position | None = None) -> ParameterSet:
         client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
         moments_only = spec.holds is Holds.MOMENTS
-        handle = ParameterSet(self._transport, spec.id, client_id, self._timeout, moments_only=moments_only)
+        handle = ParameterSet(self._transport, spec.id, client_id, self._timeout, moments_only=moments_only, base=base)
         self._handles.add(handle)
         return handle
 
 
 def _creation(
-    spec: ParameterSetSpec, arrays: Mapping[str, np.ndarray[Any, Any]], exist_ok: bool
+    first: pb.CreateParameterSetRequest, spec: ParameterSetSpec, arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> Iterator[Frame[pb.CreateParameterSetRequest]]:
-    yield Frame(pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok))
+    yield Frame(first)
     if spec.holds is Holds.PARAMETERS:
-        values = ((k, array.reshape(-1).view(np.uint8).data, array.itemsize) for k, array in enumerate(arrays.values()))
+        values = ((k, bytes_of(array), array.itemsize) for k, array in enumerate(arrays.values()))
         for payload in pack(values):
             yield Frame(pb.CreateParameterSetRequest(), payload)

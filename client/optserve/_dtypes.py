@@ -6,7 +6,6 @@ from typing import Any, cast
 import numpy as np
 
 from optserve._errors import InvalidTensor
-from optserve.v1 import tensor_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +13,6 @@ class DType:
     """One element type: `storage` is the NumPy type of its bytes, `compute` the one that the server calculates in."""
 
     name: str
-    code: tensor_pb2.DType
     storage: np.dtype[Any]
     compute: np.dtype[Any]
 
@@ -37,14 +35,13 @@ class DType:
         return cast("np.dtype[Any]", np.dtype(ml_dtypes.bfloat16))
 
 
-FLOAT32 = DType("float32", tensor_pb2.DTYPE_FLOAT32, np.dtype("<f4"), np.dtype("<f4"))
-FLOAT64 = DType("float64", tensor_pb2.DTYPE_FLOAT64, np.dtype("<f8"), np.dtype("<f8"))
-BFLOAT16 = DType("bfloat16", tensor_pb2.DTYPE_BFLOAT16, np.dtype("<u2"), np.dtype("<f4"))
-FLOAT16 = DType("float16", tensor_pb2.DTYPE_FLOAT16, np.dtype("<f2"), np.dtype("<f4"))
+FLOAT32 = DType("float32", np.dtype("<f4"), np.dtype("<f4"))
+FLOAT64 = DType("float64", np.dtype("<f8"), np.dtype("<f8"))
+BFLOAT16 = DType("bfloat16", np.dtype("<u2"), np.dtype("<f4"))
+FLOAT16 = DType("float16", np.dtype("<f2"), np.dtype("<f4"))
 
 DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 _BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-_BY_CODE = {dtype.code: dtype for dtype in DTYPES}
 
 
 def dtype_named(name: str) -> DType:
@@ -53,11 +50,3 @@ def dtype_named(name: str) -> DType:
         return _BY_NAME[name]
     except KeyError:
         raise InvalidTensor(f"expected a dtype among {', '.join(_BY_NAME)}; got {name!r}") from None
-
-
-def dtype_coded(code: int) -> DType:
-    """The element type of that wire code; raises InvalidTensor for an unknown one."""
-    for known, dtype in _BY_CODE.items():
-        if known == code:
-            return dtype
-    raise InvalidTensor(f"expected a DType among {', '.join(_BY_NAME)}; got code {code}")

@@ -20,7 +20,8 @@ OptserveError
 │   └── NoDataDirectory            stable storage was asked of a server that has none
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
-├── ServerUnavailable              no connection, or the server is draining; the SDK tries again
+├── ServerUnavailable              no connection; the SDK tries again
+│   └── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
 ├── RolledBack                     the server came back without pushes that it had acknowledged
 ├── OutcomeUnknown                 a push was sent, its receipt never came
 ├── DeadlineExceeded
@@ -28,7 +29,26 @@ OptserveError
 └── ServerError                    the server failed; its log says why
 """
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+LONGEST_MESSAGE = 2000  # characters; status messages travel percent-encoded in metadata of 8 KB
+
+# Numbers of the gRPC status codes (https://grpc.io/docs/guides/status-codes), for refusals inside of messages.
+STATUS_NUMBERS = {
+    "CANCELLED": 1,
+    "UNKNOWN": 2,
+    "INVALID_ARGUMENT": 3,
+    "DEADLINE_EXCEEDED": 4,
+    "NOT_FOUND": 5,
+    "ALREADY_EXISTS": 6,
+    "RESOURCE_EXHAUSTED": 8,
+    "FAILED_PRECONDITION": 9,
+    "ABORTED": 10,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "DATA_LOSS": 15,
+}
 
 
 class OptserveError(Exception):
@@ -36,6 +56,9 @@ class OptserveError(Exception):
 
     code: ClassVar[str] = "INTERNAL"  # name of the gRPC status code
     retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ...")
 
     @classmethod
     def reason(cls) -> str:
@@ -133,10 +156,14 @@ class ServerBusy(OptserveError):
 
 
 class ServerUnavailable(OptserveError, ConnectionError):
-    """The server can't be reached or is draining; the same request may succeed later."""
+    """The server can't be reached, or the connection broke; the same request may succeed later."""
 
     code = "UNAVAILABLE"
     retryable = True
+
+
+class ServerDraining(ServerUnavailable):
+    """The server is about to stop and took nothing of this in; the same request may succeed once it is back."""
 
 
 class RolledBack(OptserveError):
@@ -149,13 +176,17 @@ class RolledBack(OptserveError):
 
 
 class OutcomeUnknown(OptserveError):
-    """A push was sent and its receipt did not come in time; the handle's next push settles whether it was applied."""
+    """A push was sent and its receipt did not come in time.
+
+    `ParameterSet.settle` finds out whether it was applied; to push the same gradients again without asking may apply them
+    twice.
+    """
 
     code = "UNKNOWN"
 
 
 class DeadlineExceeded(OptserveError, TimeoutError):
-    """A call that changes nothing, or may be repeated, took longer than its timeout."""
+    """A call took longer than its timeout; creations and deletions may have happened all the same."""
 
     code = "DEADLINE_EXCEEDED"
 
@@ -170,6 +201,24 @@ class ServerError(OptserveError):
     """The server failed in a way that it did not expect; its log has the details."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An error as a value that can be kept and sent: its code's name, reason and message."""
+
+    code: str
+    reason: str
+    message: str
+
+    @classmethod
+    def of(cls, error: OptserveError) -> Self:
+        """The error without its traceback, which would keep everything alive that was on the stack."""
+        return cls(error.code, error.reason(), str(error))
+
+    def error(self) -> OptserveError:
+        """A new exception that says the same."""
+        return error_from(self.code, self.reason, self.message)
+
+
 def _tree(root: type[OptserveError]) -> list[type[OptserveError]]:
     return [root, *(error for child in root.__subclasses__() for error in _tree(child))]
 
@@ -178,5 +227,5 @@ def error_from(code: str, reason: str | None, message: str) -> OptserveError:
     """The error that a status code name, a reason and a message stand for; unknown reasons fall back on the code."""
     errors = _tree(OptserveError)
     by_reason = {error.reason(): error for error in errors}
-    by_code = {error.code: error for error in reversed(errors) if error not in (OptserveError, OutcomeUnknown)}
+    by_code = {error.code: error for error in reversed(errors) if error is not OptserveError}
     return by_reason.get(reason or "", by_code.get(code, ServerError))(message)

@@ -4,18 +4,23 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import grpc
 import numpy as np
 
-from optserve._dtypes import dtype_coded
-from optserve._errors import InvalidHyperparameter, error_from
-from optserve._results import Description, Durability, GroupDescription, Position, Receipt
+from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from optserve._errors import STATUS_NUMBERS, InvalidArgument, InvalidHyperparameter, InvalidTensor, Refusal
+from optserve._results import Description, Durability, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2, tensor_pb2
 
 _HOLDS = {Holds.PARAMETERS: parameter_set_pb2.HOLDS_PARAMETERS, Holds.MOMENTS: parameter_set_pb2.HOLDS_MOMENTS}
 
+_DTYPES = {
+    FLOAT32: tensor_pb2.DTYPE_FLOAT32,
+    FLOAT64: tensor_pb2.DTYPE_FLOAT64,
+    BFLOAT16: tensor_pb2.DTYPE_BFLOAT16,
+    FLOAT16: tensor_pb2.DTYPE_FLOAT16,
+}
 _DURABILITY = {
     Durability.MEMORY: parameter_set_pb2.DURABILITY_MEMORY,
     Durability.JOURNAL: parameter_set_pb2.DURABILITY_JOURNAL,
@@ -92,12 +97,12 @@ def decode_changes(messages: Iterable[optimizer_pb2.GroupHyperparameters]) -> di
 
 def encode_tensors(tensors: Sequence[TensorSpec]) -> list[tensor_pb2.TensorSpec]:
     """Tensor specifications as messages."""
-    return [tensor_pb2.TensorSpec(name=each.name, dtype=each.dtype.code, shape=each.shape) for each in tensors]
+    return [tensor_pb2.TensorSpec(name=each.name, dtype=_DTYPES[each.dtype], shape=each.shape) for each in tensors]
 
 
 def decode_tensor(message: tensor_pb2.TensorSpec) -> TensorSpec:
     """A tensor's specification from its message; raises InvalidName or InvalidTensor."""
-    return TensorSpec(message.name, dtype_coded(message.dtype), tuple(message.shape))
+    return TensorSpec(message.name, _decode_dtype(message.dtype), tuple(message.shape))
 
 
 def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
@@ -118,7 +123,6 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
 
 def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec:
     """A parameter set's specification from its message; raises InvalidArgument kinds."""
-    moments = message.holds == parameter_set_pb2.HOLDS_MOMENTS
     return ParameterSetSpec(
         id=message.id,
         tensors=tuple(map(decode_tensor, message.tensors)),
@@ -126,7 +130,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         groups=tuple(
             Group(group.name, *group.tensors, **decode_values(group.hyperparameters)) for group in message.groups
         ),
-        holds=Holds.MOMENTS if moments else Holds.PARAMETERS,
+        holds=_decode_holds(message.holds),
     )
 
 
@@ -154,19 +158,19 @@ def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
         learning_rates=receipt.learning_rates,
         durability=_DURABILITY[receipt.durability],
     )
-    if error := receipt.error:
-        number = grpc.StatusCode[error.code].value[0]
-        message.refusal.CopyFrom(step_pb2.Refusal(code=number, reason=error.reason(), message=str(error)))
+    if refusal := receipt.refusal:
+        number = STATUS_NUMBERS[refusal.code]
+        message.refusal.CopyFrom(step_pb2.Refusal(code=number, reason=refusal.reason, message=refusal.message))
     return message
 
 
 def decode_receipt(message: step_pb2.Receipt) -> Receipt:
     """A receipt from its message."""
-    error = None
+    refusal = None
     if message.HasField("refusal"):
-        names = {code.value[0]: code.name for code in grpc.StatusCode}
-        refusal = message.refusal
-        error = error_from(names.get(refusal.code, "UNKNOWN"), refusal.reason, refusal.message)
+        names = {number: name for name, number in STATUS_NUMBERS.items()}
+        code = names.get(message.refusal.code, "UNKNOWN")
+        refusal = Refusal(code, message.refusal.reason, message.refusal.message)
     return Receipt(
         sequence=message.sequence,
         position=decode_position(message.position),
@@ -176,7 +180,7 @@ def decode_receipt(message: step_pb2.Receipt) -> Receipt:
         gradient_norm=message.gradient_norm,
         learning_rates=dict(message.learning_rates),
         durability=Durability(message.durability or Durability.MEMORY),
-        error=error,
+        refusal=refusal,
     )
 
 
@@ -211,3 +215,48 @@ def decode_description(message: parameter_set_pb2.ParameterSet) -> Description:
         state_bytes=message.state_bytes,
         element_count=message.element_count,
     )
+
+
+def encode_summary(summary: Summary) -> parameter_set_pb2.ParameterSetSummary:
+    """A parameter set's entry in a list as a message."""
+    message = parameter_set_pb2.ParameterSetSummary(
+        id=summary.id,
+        rule=summary.rule,
+        holds=_HOLDS[summary.holds],
+        position=encode_position(summary.position),
+        tensor_count=summary.tensor_count,
+        element_count=summary.element_count,
+        state_bytes=summary.state_bytes,
+    )
+    message.create_time.FromDatetime(summary.create_time)
+    return message
+
+
+def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
+    """A parameter set's entry in a list from its message."""
+    return Summary(
+        id=message.id,
+        rule=message.rule,
+        holds=_decode_holds(message.holds),
+        position=decode_position(message.position),
+        tensor_count=message.tensor_count,
+        element_count=message.element_count,
+        state_bytes=message.state_bytes,
+        create_time=message.create_time.ToDatetime(datetime.UTC),
+    )
+
+
+def _decode_dtype(value: int) -> DType:
+    for dtype, number in _DTYPES.items():
+        if number == value:
+            return dtype
+    raise InvalidTensor(f"expected a DType among {', '.join(dtype.name for dtype in _DTYPES)}; got code {value}")
+
+
+def _decode_holds(value: int) -> Holds:
+    if value == parameter_set_pb2.HOLDS_UNSPECIFIED:
+        return Holds.PARAMETERS
+    for holds, number in _HOLDS.items():
+        if number == value:
+            return holds
+    raise InvalidArgument(f"expected holds to be 0, 1 or 2; got {value}")

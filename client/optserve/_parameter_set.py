@@ -10,7 +10,7 @@ from optserve._messages import decode_description, decode_position, encode_chang
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
 from optserve._session import OutgoingPull, OutgoingPush, Session
-from optserve._specification import TensorSpec, as_arrays
+from optserve._specification import as_arrays
 from optserve._transport import Transport
 from optserve.optim import Group
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -27,11 +27,18 @@ class ParameterSet:
     """
 
     def __init__(
-        self, transport: Transport, set_id: str, client_id: str, timeout: float, *, moments_only: bool
+        self,
+        transport: Transport,
+        set_id: str,
+        client_id: str,
+        timeout: float,
+        *,
+        moments_only: bool,
+        base: Position | None = None,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
-        self._session = Session(transport, set_id, client_id, timeout)
+        self._session = Session(transport, set_id, client_id, timeout, base)
         self._moments_only = moments_only
         self.id = set_id
         self.client_id = client_id
@@ -56,7 +63,7 @@ class ParameterSet:
         receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors)))
         assert receipt is not None
         assert pulled is not None
-        if receipt.duplicate and self._moments_only and pulled.version != receipt.version:
+        if self._moments_only and pulled.position.newer_than(receipt.position):
             raise OutcomeUnknown(
                 f"push {receipt.sequence} to {self.id!r} was applied as version {receipt.version}, but its updates were gone "
                 f"when the connection came back: the set is at version {pulled.version}"
@@ -102,6 +109,13 @@ class ParameterSet:
             newer_than = newer_than.position
         _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than))
         return pulled
+
+    def settle(self) -> Receipt | None:
+        """What became of the push for which OutcomeUnknown was raised: its receipt, or None if it was not applied.
+
+        Raises OutcomeUnknown if the server has forgotten, RolledBack if it came back from an older state.
+        """
+        return self._session.settle()
 
     def update(self, *, group: str = Group.DEFAULT, **hyperparameters: Any) -> Description:
         """Change hyperparameters of a group for every worker, from the next update on.
@@ -149,8 +163,6 @@ class ParameterSet:
         if not gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
-        for arrays in (outgoing.gradients, outgoing.parameters):
-            for name, array in arrays.items():
-                TensorSpec.of(name, array)
+        outgoing.declared()  # what can't travel is refused here, before anything is sent
         encode_changes(outgoing.changes)
         return outgoing

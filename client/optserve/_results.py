@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optserve._errors import OptserveError
-from optserve._specification import ParameterSetSpec
+from optserve._errors import Refusal
+from optserve._specification import Holds, ParameterSetSpec
 from optserve.optim import Group, Optimizer
 
 
@@ -40,7 +40,7 @@ class Receipt:
 
     `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, before
     any change to them; `learning_rates` holds the one used, by group; `duplicate` marks the first receipt of a push that came
-    again; `error` is why a push was refused (the SDK raises it).
+    again; `refusal` is why a push was not applied (the SDK raises it as an error).
     """
 
     sequence: int
@@ -51,7 +51,7 @@ class Receipt:
     gradient_norm: float = 0.0
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     durability: Durability = Durability.MEMORY
-    error: OptserveError | None = None
+    refusal: Refusal | None = None
 
     @property
     def version(self) -> int:
@@ -77,6 +77,25 @@ class Parameters(dict[str, "np.ndarray[Any, Any]"]):
     @property
     def version(self) -> int:
         """Number of updates that these parameters have had."""
+        return self.position.version
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A parameter set in a list."""
+
+    id: str
+    rule: str
+    holds: Holds
+    position: Position
+    tensor_count: int
+    element_count: int
+    state_bytes: int
+    create_time: datetime.datetime
+
+    @property
+    def version(self) -> int:
+        """Number of updates that the set has applied."""
         return self.position.version
 
 

@@ -1,7 +1,7 @@
 """A session: one worker's pushes into one set, each applied exactly once however often the connection breaks.
 
-Between attempts a push keeps its sequence. A new stream begins with the server saying which sequence it consumed last and with
-what receipt, so a push whose answer was lost is settled without sending its tensors again.
+Between attempts a push keeps its sequence. A new stream begins with the server saying which sequence it consumed last
+and with what receipt, so a push whose answer was lost is settled without sending its tensors again.
 """
 
 import threading
@@ -19,6 +19,9 @@ from optserve._errors import (
     OptserveError,
     OutcomeUnknown,
     RolledBack,
+    ServerBusy,
+    ServerDraining,
+    ServerError,
     TensorMismatch,
 )
 from optserve._messages import (
@@ -33,11 +36,12 @@ from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
-from optserve._wire import Frame, pack
+from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+Declared = list[tuple[TensorSpec, step_pb2.Role]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,11 @@ class OutgoingPush:
     parameters: Arrays
     changes: Mapping[str, Mapping[str, Any]]
 
+    def declared(self) -> Declared:
+        """Specification and role of every array, in the order in which they are sent; raises InvalidTensor."""
+        roles = ((self.gradients, step_pb2.ROLE_GRADIENT), (self.parameters, step_pb2.ROLE_PARAMETER))
+        return [(TensorSpec.of(name, array), role) for arrays, role in roles for name, array in arrays.items()]
+
 
 @dataclass(frozen=True, slots=True)
 class OutgoingPull:
@@ -57,10 +66,29 @@ class OutgoingPull:
     newer_than: Position | None = None
 
 
-class Session:
-    """The identity (set, client, epoch, sequence) and the stream that carries it. One call at a time; others wait."""
+@dataclass(slots=True)
+class Exchange:
+    """A push, a pull, or both, and how far they have got over all attempts.
 
-    def __init__(self, transport: Transport, set_id: str, client_id: str, timeout: float) -> None:
+    `sequence` is the push's, once it has one; `sent` says that some attempt may have got it through.
+    """
+
+    push: OutgoingPush | None
+    pull: OutgoingPull | None
+    sequence: int | None = None
+    sent: bool = False
+    receipt: Receipt | None = None
+
+
+class Session:
+    """The identity (set, client, epoch, sequence) and the stream that carries it. One call at a time; others wait.
+
+    `base` is where the parameters come from that the worker has, None before it has any.
+    """
+
+    def __init__(
+        self, transport: Transport, set_id: str, client_id: str, timeout: float, base: Position | None = None
+    ) -> None:
         self._transport = transport
         self._set_id = set_id
         self._client_id = client_id
@@ -68,10 +96,13 @@ class Session:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: Stream | None = None
+        self._declared: Declared | None = None  # on this stream
         self._epoch = 0
         self._last_sequence = 0
         self._last_receipt: Receipt | None = None
-        self._base: Position | None = None  # of the parameters that the worker has; at first, of the set when opened
+        self._unsettled: int | None = None  # sequence of a push that was given up
+        self._base = base
+        self._latest = base  # position that the server last spoke of
         self._tensors: tuple[TensorSpec, ...] = ()
         self._buffers = Buffers()
 
@@ -80,101 +111,130 @@ class Session:
     ) -> tuple[Receipt | None, Parameters | None]:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
-            if self._closed:
-                raise ClientClosed(f"the handle on {self._set_id!r} was closed")
-            retry = Retry(self._timeout)
-            sequence: int | None = None
-            while True:
-                try:
-                    stream = self._open(retry.deadline, sequence)
-                    receipt = None
-                    if push is not None:
-                        receipt = self._settled(sequence)
-                        sequence = sequence or self._last_sequence + 1
-                    return self._attempt(stream, push, pull, sequence, receipt, retry.deadline)
-                except BaseException as error:
-                    self._disconnect(error)
-                    if isinstance(error, OptserveError) and error.retryable and retry.pause():
-                        continue
-                    if (
-                        sequence is not None
-                        and isinstance(error, OptserveError)
-                        and (error.retryable or isinstance(error, DeadlineExceeded))
-                    ):
-                        raise OutcomeUnknown(
-                            f"push {sequence} to {self._set_id!r} was sent, but no receipt came within {self._timeout:g} s "
-                            f"({error}); the next push finds out whether it was applied"
-                        ) from error
-                    raise
+            receipt, parameters = self._until_done(Exchange(push, pull))
+        if receipt is not None and receipt.refusal is not None:
+            raise receipt.refusal.error()
+        return receipt, parameters
+
+    def settle(self) -> Receipt | None:
+        """What became of the push that was given up last: its receipt, or None if it was not applied.
+
+        Also None if no push was given up since the last receipt.
+        """
+        with self._lock:
+            sequence, self._unsettled = self._unsettled, None
+            if sequence is None:
+                return None
+            self._until_done(Exchange(None, None, sequence, sent=True))
+            return self._last_receipt if self._last_sequence >= sequence else None
 
     def position_at(self, version: int) -> Position | None:
         """A version in the history that this session last saw; None before it saw any."""
-        return self._base and replace(self._base, version=version)
+        return self._latest and replace(self._latest, version=version)
 
     def close(self) -> None:
-        """End the stream. The server remembers the session."""
+        """End the stream, and with it a call that another thread waits in. The server remembers the session."""
         self._closed = True
         if stream := self._stream:
             stream.close()
 
-    def _open(self, deadline: float, pending: int | None) -> Stream:
-        if self._stream is not None:
-            return self._stream
-        self._stream = stream = self._transport.open()
-        opening = step_pb2.Open(parameter_set_id=self._set_id, client_id=self._client_id, epoch=self._epoch)
-        stream.send([Frame(StepRequest(open=opening))])
-        self._adopt(stream.receive(deadline).message.opened, pending)
-        return stream
+    def _until_done(self, exchange: Exchange) -> tuple[Receipt | None, Parameters | None]:
+        retry = Retry(self._timeout)
+        while True:
+            try:
+                stream = self._open(retry.deadline, exchange)
+                return self._attempt(stream, exchange, retry.deadline)
+            except BaseException as error:
+                self._disconnect()
+                if self._closed:
+                    raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
+                if isinstance(error, OptserveError) and error.retryable and retry.pause():
+                    continue
+                self._give_up(error, exchange)
+                raise
 
-    def _adopt(self, opened: step_pb2.Opened, pending: int | None) -> None:
+    def _open(self, deadline: float, exchange: Exchange) -> Stream:
+        if self._closed:
+            raise ClientClosed(f"the handle on {self._set_id!r} was closed")
+        if self._stream is None:
+            self._stream = self._transport.open()
+            opening = step_pb2.Open(parameter_set_id=self._set_id, client_id=self._client_id, epoch=self._epoch)
+            self._stream.send([Frame(StepRequest(open=opening))])
+            self._adopt(self._stream.receive(deadline).message.opened, exchange)
+        return self._stream
+
+    def _adopt(self, opened: step_pb2.Opened, exchange: Exchange) -> None:
         """Take over what the server knows of this session; raises RolledBack or OutcomeUnknown if it is too little."""
-        resumed, acknowledged = opened.epoch == self._epoch, self._last_sequence
-        position = decode_position(opened.parameter_set.position)
-        replaced = self._base is not None and self._base.incarnation != position.incarnation
+        resumed, acknowledged, before = opened.epoch == self._epoch, self._last_sequence, self._latest
+        self._latest = position = decode_position(opened.position)
         self._epoch = opened.epoch
         self._last_sequence = opened.last_sequence
-        self._last_receipt = decode_receipt(opened.last_receipt) if opened.HasField("last_receipt") else None
-        self._tensors = tuple(map(decode_tensor, opened.parameter_set.spec.tensors))
-        if self._base is None or replaced:
-            self._base = position
-        if replaced and self._last_sequence < acknowledged:
+        self._last_receipt = None
+        if opened.HasField("last_receipt"):
+            self._last_receipt = replace(decode_receipt(opened.last_receipt), duplicate=True)
+        self._tensors = tuple(map(decode_tensor, opened.tensors))
+        self._declared = None
+        replaced = before is not None and before.incarnation != position.incarnation
+        if (
+            before is not None
+            and replaced
+            and (position.version < before.version or opened.last_sequence < acknowledged)
+        ):
             raise RolledBack(
-                f"set {self._set_id!r} came back at version {position.version}, from an older state: of this handle's "
-                f"{acknowledged} pushes it knows {self._last_sequence}"
+                f"set {self._set_id!r} came back at version {position.version}, from an older state: this handle knew "
+                f"version {before.version}, and of its {acknowledged} pushes {opened.last_sequence} are left"
             )
-        if pending is not None and not resumed:
+        if exchange.sent and not resumed:
             raise OutcomeUnknown(
-                f"push {pending} to {self._set_id!r} was sent, but the server has forgotten this session since; whether "
-                "the push was applied can't be found out"
+                f"push {exchange.sequence} to {self._set_id!r} was sent, but the server has forgotten this session since; "
+                "whether the push was applied can't be found out"
             )
+        if exchange.sent and self._last_receipt is not None and self._last_sequence == exchange.sequence:
+            exchange.receipt = self._last_receipt
 
-    def _settled(self, sequence: int | None) -> Receipt | None:
-        """The receipt of a push that an earlier attempt got through, if it did."""
-        if sequence is None or self._last_sequence < sequence or self._last_receipt is None:
-            return None
-        return replace(self._last_receipt, duplicate=True)
-
-    def _attempt(
-        self,
-        stream: Stream,
-        push: OutgoingPush | None,
-        pull: OutgoingPull | None,
-        sequence: int | None,
-        receipt: Receipt | None,
-        deadline: float,
-    ) -> tuple[Receipt | None, Parameters | None]:
-        pending = push if receipt is None else None
-        stream.send(self._requests(pending, pull, sequence))
+    def _attempt(self, stream: Stream, exchange: Exchange, deadline: float) -> tuple[Receipt | None, Parameters | None]:
         answer: Frame[StepResponse] | None = None
-        if pending is not None:
-            answer = stream.receive(deadline)
-            receipt = decode_receipt(answer.message.receipt)
-            self._last_sequence, self._last_receipt = receipt.sequence, receipt
-        if receipt is not None and receipt.error is not None:
-            raise receipt.error
-        if pull is None:
-            return receipt, None
-        return receipt, self._receive_parameters(stream, answer, deadline, receipt)
+        if exchange.push is not None and exchange.receipt is None:
+            exchange.sequence = self._last_sequence + 1
+            sent_before, exchange.sent = exchange.sent, True
+            stream.send(self._requests(exchange.push, exchange.pull, exchange.sequence))
+            try:
+                answer = stream.receive(deadline)
+            except (ServerBusy, ServerDraining):  # the server says that it took nothing in
+                exchange.sent = sent_before
+                raise
+            exchange.receipt = self._received(answer, exchange.sequence)
+        elif exchange.pull is not None and not (exchange.receipt is not None and exchange.receipt.refusal is not None):
+            stream.send(self._requests(None, exchange.pull, None))
+        if exchange.pull is None or (exchange.receipt is not None and exchange.receipt.refusal is not None):
+            return exchange.receipt, None
+        return exchange.receipt, self._receive_parameters(stream, answer, deadline, exchange.receipt)
+
+    def _received(self, answer: Frame[StepResponse], sequence: int) -> Receipt:
+        receipt = decode_receipt(answer.message.receipt)
+        if receipt.sequence != sequence:
+            raise ServerError(f"expected the receipt of push {sequence}; got that of {receipt.sequence}")
+        self._last_sequence, self._last_receipt, self._latest = sequence, receipt, receipt.position
+        self._unsettled = None
+        return receipt
+
+    def _give_up(self, error: BaseException, exchange: Exchange) -> None:
+        """Say what is known of a push whose exchange failed; raises OutcomeUnknown or DeadlineExceeded, or nothing."""
+        if exchange.push is None or not exchange.sent:
+            return
+        if receipt := exchange.receipt:
+            if isinstance(error, OptserveError):
+                raise DeadlineExceeded(
+                    f"push {exchange.sequence} to {self._set_id!r} is done (version {receipt.version}), but the parameters "
+                    f"did not come within {self._timeout:g} s: pull them ({error})"
+                ) from error
+            return
+        self._unsettled = exchange.sequence
+        if isinstance(error, OptserveError) and (error.retryable or isinstance(error, DeadlineExceeded)):
+            raise OutcomeUnknown(
+                f"push {exchange.sequence} to {self._set_id!r} was sent, but no receipt came within {self._timeout:g} s "
+                f"({error}); settle() finds out whether it was applied"
+            ) from error
 
     def _requests(
         self, push: OutgoingPush | None, pull: OutgoingPull | None, sequence: int | None
@@ -184,10 +244,7 @@ class Session:
         if push is not None:
             frame.message.push.CopyFrom(self._begin(push, sequence or 0))
             arrays = [*push.gradients.values(), *push.parameters.values()]
-            tensors = (
-                (index, array.reshape(-1).view(np.uint8).data, array.itemsize) for index, array in enumerate(arrays)
-            )
-            for payload in pack(tensors):
+            for payload in pack((index, bytes_of(array), array.itemsize) for index, array in enumerate(arrays)):
                 if frame.payload is not None:
                     yield frame
                     frame = Frame(StepRequest())
@@ -204,9 +261,11 @@ class Session:
         message = step_pb2.Push(sequence=sequence, hyperparameters=encode_changes(push.changes))
         if self._base is not None:
             message.base.CopyFrom(encode_position(self._base))
-        for arrays, role in ((push.gradients, step_pb2.ROLE_GRADIENT), (push.parameters, step_pb2.ROLE_PARAMETER)):
-            specs = [TensorSpec.of(name, array) for name, array in arrays.items()]
-            message.tensors.extend(step_pb2.PushedTensor(spec=spec, role=role) for spec in encode_tensors(specs))
+        declared = push.declared()
+        if declared != self._declared:  # else as in this stream's push before
+            for spec, (_, role) in zip(encode_tensors([spec for spec, _ in declared]), declared, strict=True):
+                message.tensors.append(step_pb2.PushedTensor(spec=spec, role=role))
+            self._declared = declared
         return message
 
     def _receive_parameters(
@@ -229,19 +288,14 @@ class Session:
             answer = stream.receive(deadline)
         if remaining:
             raise InvalidChunk(f"expected every element of the pulled tensors; {remaining} did not come")
-        self._base = position
+        self._base = self._latest = position
         return Parameters({spec.name: array for spec, array in zip(specs, arrays, strict=True)}, position, receipt)
 
-    def _disconnect(self, error: BaseException) -> None:
-        """After any error but a receipt's refusal the stream's state is not known."""
-        refused = self._last_receipt is not None and error is self._last_receipt.error
-        if self._stream is not None and not refused:
+    def _disconnect(self) -> None:
+        """After an error the stream's state is not known; the next call opens another."""
+        if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return array.reshape(-1).view(np.uint8)
 
 
 def _copy(answer: Frame[StepResponse], arrays: list[np.ndarray[Any, Any]]) -> int:
@@ -253,7 +307,9 @@ def _copy(answer: Frame[StepResponse], arrays: list[np.ndarray[Any, Any]]) -> in
         if run.tensor >= len(arrays) or run.offset + run.size > arrays[run.tensor].size:
             raise TensorMismatch(f"the server sent elements outside of the pulled tensors: {run}")
         itemsize = arrays[run.tensor].itemsize
-        target = _bytes_of(arrays[run.tensor])[run.offset * itemsize : (run.offset + run.size) * itemsize]
+        target = (
+            arrays[run.tensor].reshape(-1).view(np.uint8)[run.offset * itemsize : (run.offset + run.size) * itemsize]
+        )
         target[:] = source[begin : begin + target.size]
         begin, count = begin + target.size, count + run.size
     return count

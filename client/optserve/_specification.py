@@ -59,6 +59,8 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InvalidName(f"expected a tensor name of type str; got {type(self.name).__name__}: {self.name!r}")
         if not 0 < len(self.name) <= 512 or _CONTROL.search(self.name):
             raise InvalidName(f"expected a tensor name of 1 to 512 printable characters; got {self.name!r}")
         if len(self.shape) > MAX_DIMENSIONS:

@@ -1,10 +1,13 @@
 """How calls reach an engine: over gRPC, or into one inside this process. Nothing above this module knows which."""
 
+import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from optserve_server.service import OptimizerService
 
 SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
+Outgoing = queue.SimpleQueue[Iterable[Frame[StepRequest]] | None]
+
 REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
 MEMORY = ":memory:"
 
@@ -72,11 +77,11 @@ def typed(error: grpc.RpcError, address: str) -> OptserveError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.CANCELLED:  # we translate our own cancellations before they get here
         return ServerUnavailable(f"{address} ended the call: {details}")
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerUnavailable(f"{address}: {details}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"no server answered at {address} in time")
     reason = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(REASON_KEY)
+    if code is grpc.StatusCode.UNAVAILABLE and reason is None:
+        return ServerUnavailable(f"{address}: {details}")
     return error_from(code.name, reason, details)
 
 
@@ -94,15 +99,22 @@ class GrpcTransport:
             return self._methods[method](request, timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError as error:
             raise typed(error, self._address) from None
-        except ValueError:
-            raise ClientClosed("this client was closed") from None
+        except ValueError as error:
+            raise self._closed(error) from None
 
     def open(self) -> "GrpcStream":
-        return GrpcStream(self._methods["Step"], self._deadlines, self._address)
+        try:
+            return GrpcStream(self._methods["Step"], self._deadlines, self._address)
+        except ValueError as error:
+            raise self._closed(error) from None
 
     def close(self) -> None:
         self._deadlines.close()
         self._channel.close()
+
+    def _closed(self, error: ValueError) -> Exception:
+        """gRPC says by a ValueError's text alone that the channel is closed."""
+        return ClientClosed("this client was closed") if "closed" in str(error).lower() else error
 
     def _bind(self, method: Any) -> Callable[..., Any]:
         path = f"/{SERVICE.full_name}/{method.name}"
@@ -111,18 +123,20 @@ class GrpcTransport:
             return self._channel.stream_stream(path, Frame.to_bytes, lambda data: Frame.from_bytes(StepResponse, data))
         if method.client_streaming:
             return self._channel.stream_unary(path, Frame.to_bytes, response.FromString)  # type: ignore[union-attr]
-        return self._channel.unary_unary(path, _serialize, response.FromString)  # type: ignore[union-attr]
+        return self._channel.unary_unary(path, serialize, response.FromString)  # type: ignore[union-attr]
 
 
 class GrpcStream:
     """A Step stream over gRPC. gRPC's sending thread makes and sends one frame after the other."""
 
     def __init__(self, step: Callable[..., Any], deadlines: "Deadlines", address: str) -> None:
-        self._outgoing: queue.SimpleQueue[Iterable[Frame[StepRequest]] | None] = queue.SimpleQueue()
+        self._outgoing: Outgoing = queue.SimpleQueue()
         self._deadlines = deadlines
         self._address = address
-        self._failure: BaseException | None = None
-        self._call = step(self._requests())
+        self._failures: list[Exception] = []
+        self._call = step(_requests(self._outgoing, self._failures))
+        # gRPC's thread waits on the queue for ever; it must not keep a stream alive that nobody holds.
+        self._end = weakref.finalize(self, _end, self._outgoing, self._call)
 
     def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
         self._outgoing.put(frames)
@@ -134,8 +148,8 @@ class GrpcStream:
         except StopIteration:
             raise ServerUnavailable(f"{self._address} ended the stream") from None
         except grpc.RpcError as error:
-            if self._failure is not None:
-                raise self._failure from None
+            if self._failures:
+                raise self._failures[0] from None
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"no server answered at {self._address} in time") from None
             raise typed(error, self._address) from None
@@ -143,16 +157,21 @@ class GrpcStream:
             expired()
 
     def close(self) -> None:
-        self._outgoing.put(None)
-        self._call.cancel()
+        self._end()
 
-    def _requests(self) -> Iterator[Frame[StepRequest]]:
-        try:
-            while (frames := self._outgoing.get()) is not None:
-                yield from frames
-        except Exception as error:  # gRPC would only say that iterating failed
-            self._failure = error
-            raise
+
+def _requests(outgoing: "Outgoing", failures: list[Exception]) -> Iterator[Frame[StepRequest]]:
+    try:
+        while (frames := outgoing.get()) is not None:
+            yield from frames
+    except Exception as error:  # gRPC would only say that iterating failed
+        failures.append(error)
+        raise
+
+
+def _end(outgoing: "Outgoing", call: grpc.Call) -> None:
+    outgoing.put(None)
+    call.cancel()
 
 
 class Deadlines:
@@ -230,25 +249,32 @@ class MemoryTransport:
 
 
 class MemoryStream:
-    """A Step stream that runs in the caller's thread: the service takes a frame when an answer is asked for."""
+    """A Step stream on a thread of its own, so that interrupting the caller can't stop the service half way."""
 
     def __init__(self, service: "OptimizerService") -> None:
         self._outgoing: deque[Iterator[Frame[StepRequest]]] = deque()
         self._answers = service.step(self._requests())
+        self._thread = ThreadPoolExecutor(1, "optserve-memory")
 
     def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
         self._outgoing.append(iter(frames))
 
     def receive(self, deadline: float) -> Frame[StepResponse]:
-        return next(self._answers)
+        try:
+            return self._thread.submit(next, self._answers).result()
+        except RuntimeError as error:
+            raise ClientClosed("this stream was closed") from error
 
     def close(self) -> None:
-        self._answers.close()
+        with contextlib.suppress(RuntimeError):  # closed before
+            self._thread.submit(self._answers.close)
+        self._thread.shutdown(wait=False)
 
     def _requests(self) -> Iterator[Frame[StepRequest]]:
         while self._outgoing:
             yield from self._outgoing.popleft()
 
 
-def _serialize(message: Message) -> bytes:
+def serialize(message: Message) -> bytes:
+    """A message's bytes, whatever its type."""
     return message.SerializeToString()

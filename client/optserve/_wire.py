@@ -6,8 +6,9 @@ language; only the payload, `Chunk.data`, is spliced in and cut out by hand, bec
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from optserve._errors import InvalidChunk
@@ -86,6 +87,11 @@ class Frame(Generic[M]):
         payload = _payload(message.chunk, message.chunk.data)
         message.ClearField("chunk")
         return cls(message, payload)
+
+
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """The bytes of a C-contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def pack(tensors: Iterable[tuple[int, Buffer, int]], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Payload]:

@@ -137,7 +137,7 @@ class SGD(Optimizer):
     Reference: Robbins & Monro 1951; Polyak 1964; Sutskever et al., ICML 2013 (momentum as written here).
     """
 
-    momentum: float = _hyperparameter(0.0, "Momentum μ; zero keeps no buffer.")
+    momentum: float = _hyperparameter(0.0, "Momentum μ; zero keeps no buffer, and can't be left or reached live.")
     dampening: float = _hyperparameter(0.0, "Dampening τ of the gradient as it enters the buffer.")
     weight_decay: float = _hyperparameter(0.0, _WEIGHT_DECAY)
     nesterov: bool = _hyperparameter(False, "Nesterov's look-ahead.", live=False)
@@ -245,7 +245,7 @@ class RMSprop(Optimizer):
     alpha: float = _hyperparameter(0.99, "Decay α of the averages, per update.", below=1.0)
     eps: float = _hyperparameter(1e-8, _EPS)
     weight_decay: float = _hyperparameter(0.0, _WEIGHT_DECAY)
-    momentum: float = _hyperparameter(0.0, "Momentum μ; zero keeps no buffer.")
+    momentum: float = _hyperparameter(0.0, "Momentum μ; zero keeps no buffer, and can't be left or reached live.")
     centered: bool = _hyperparameter(False, "Subtract the squared mean: normalise by the variance.", live=False)
     maximize: bool = _hyperparameter(False, _MAXIMIZE)
 
@@ -383,7 +383,7 @@ class Group:
         allowed = name.replace(".", "").replace("_", "").replace("-", "")
         if not (0 < len(name) <= 128 and allowed.isalnum() and allowed.isascii()) or name == self.DEFAULT:
             raise InvalidGroup(
-                "expected a group name of 1 to 128 letters, digits, '.', '_', '-', other than 'default'; got {name!r}"
+                f"expected a group name of 1 to 128 letters, digits, '.', '_', '-', other than 'default'; got {name!r}"
             )
         if not tensors:
             raise InvalidGroup(f"expected at least one tensor name or pattern for group {name!r}; got none")

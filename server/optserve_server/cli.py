@@ -46,7 +46,8 @@ def serve(
     ] = "info",
 ) -> None:
     """Run a server until SIGTERM or Ctrl-C, then drain it."""
-    logs.configure(log_level)
+    with _reported(ValueError):
+        logs.configure(log_level)
     allocator.keep_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,10 +95,10 @@ def list_sets(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> Non
         for each in client.list_parameter_sets():
             table.add_row(
                 each.id,
-                each.spec.optimizer.rule,
+                each.rule,
                 str(each.version),
                 str(each.position.durable_version),
-                str(len(each.spec.tensors)),
+                str(each.tensor_count),
                 f"{each.element_count:,}",
                 f"{each.state_bytes / 2**20:,.1f} MiB",
             )

@@ -3,7 +3,7 @@
 import threading
 from types import TracebackType
 
-from optserve._errors import ServerBusy, ServerUnavailable
+from optserve._errors import ServerBusy, ServerDraining
 
 
 class Gate:
@@ -17,10 +17,10 @@ class Gate:
         self._changed = threading.Condition()
 
     def __enter__(self) -> None:
-        """Enter; raises ServerBusy if it is full, ServerUnavailable if it is closed."""
+        """Enter; raises ServerBusy if it is full, ServerDraining if it is closed."""
         with self._changed:
             if self._closed:
-                raise ServerUnavailable("the server is draining; try again once it is back")
+                raise ServerDraining("the server is draining; try again once it is back")
             if self._inside >= self._limit:
                 raise ServerBusy(f"expected at most {self._limit} {self._what} at a time; try again later")
             self._inside += 1

@@ -1,16 +1,17 @@
 """The server: an engine behind gRPC, with health and reflection."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Self
 
 import grpc
 import structlog
-from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from optserve._transport import SERVICE
+from optserve._transport import SERVICE, serialize
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest
@@ -43,51 +44,49 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._engine = Engine(config.threads)
-        self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
-        self._service = OptimizerService(self._engine, self._storage, max_streams=config.max_streams)
-        self._health = health.HealthServicer()
-        self._grpc = grpc.server(
-            ThreadPoolExecutor(config.max_streams + CONTROL_THREADS, "optserve-call"),
-            interceptors=[ErrorInterceptor()],
-            options=OPTIONS,
-        )
-        self._grpc.add_generic_rpc_handlers((_handlers(self._service),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection(
-            (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
-        )
-        self.address = self._bind(config.listen)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        with ExitStack() as acquired:  # given back if this server can't be built
+            self._engine = Engine(config.threads)
+            acquired.callback(self._engine.close)
+            self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
+            if self._storage is not None:
+                acquired.callback(self._storage.close)
+            self._service = OptimizerService(self._engine, self._storage, max_streams=config.max_streams)
+            self._health = health.HealthServicer()
+            self._grpc = self._build()
+            acquired.callback(self._grpc.stop, None)
+            self.address = self._bind(config.listen)
+            self._acquired = acquired.pop_all()
+        self._stopping = threading.Lock()
 
     def start(self) -> Self:
         """Restore what the data directory has, then serve."""
-        for state in self._storage.read_all() if self._storage is not None else ():
-            restored = self._engine.restore(state)
-            log.info("restored", parameter_set=restored.spec.id, version=restored.position.version)
-        self._grpc.start()
+        try:
+            self._restore()
+            self._grpc.start()
+        except BaseException:
+            self._acquired.close()
+            raise
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=self.address)
         if not self.config.is_local:
             log.warning("anyone who reaches this address can use it: there is no authentication", address=self.address)
         return self
 
-    def wait(self) -> None:
-        """Return when the server has stopped."""
-        self._grpc.wait_for_termination()
-
     def stop(self, grace: float | None = None) -> None:
-        """Drain and stop: refuse new work, give pushes in flight up to `grace` seconds, then end every call."""
+        """Drain and stop: refuse new work, give pushes in flight up to `grace` seconds, then end every call.
+
+        The state is then written to the data directory. Stopping again does nothing.
+        """
+        if not self._stopping.acquire(blocking=False):
+            return
         grace = self.config.grace if grace is None else grace
-        self._health.enter_graceful_shutdown()
-        self._service.streams.close()
-        self._service.pushes.close()
-        drained = self._service.pushes.drain(grace)
-        self._grpc.stop(None).wait()
-        self._service.checkpoint_all()
-        if self._storage is not None:
-            self._storage.close()
-        self._engine.close()
+        with self._acquired:
+            self._health.enter_graceful_shutdown()
+            self._service.streams.close()
+            self._service.pushes.close()
+            drained = self._service.pushes.drain(grace)
+            self._grpc.stop(None).wait()
+            self._service.checkpoint_all()
         log.info("stopped", address=self.address, drained=drained)
 
     def __enter__(self) -> Self:
@@ -95,6 +94,28 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+    def _build(self) -> grpc.Server:
+        server = grpc.server(
+            ThreadPoolExecutor(self.config.max_streams + CONTROL_THREADS, "optserve-call"),
+            interceptors=[ErrorInterceptor()],
+            options=OPTIONS,
+        )
+        server.add_generic_rpc_handlers((_handlers(self._service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _restore(self) -> None:
+        for state in self._storage.read_all() if self._storage is not None else ():
+            try:
+                restored = self._engine.restore(state)
+            except Exception as error:
+                log.error("not restored", parameter_set=state.spec.id, exc_info=error)
+            else:
+                log.info("restored", parameter_set=restored.spec.id, version=restored.position.version)
 
     def _bind(self, listen: str) -> str:
         try:
@@ -126,18 +147,14 @@ def _handler(service: OptimizerService, method: Any) -> Any:
         return grpc.stream_unary_rpc_method_handler(
             lambda requests, context: service.call(name, _frames(pb.CreateParameterSetRequest, requests)),
             None,
-            _serialize,
+            serialize,
         )
     return grpc.unary_unary_rpc_method_handler(
         lambda request, context: service.call(name, request),
         getattr(pb, method.input_type.name).FromString,
-        _serialize,
+        serialize,
     )
 
 
 def _frames(kind: Any, requests: Iterator[bytes]) -> Iterator[Frame[Any]]:
     return (Frame.from_bytes(kind, data) for data in requests)
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()

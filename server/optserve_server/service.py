@@ -1,12 +1,22 @@
 """The service: decode, call the engine, encode. Errors are raised; `interceptor` turns them into status codes."""
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
+import structlog
+
 from optserve import optim
-from optserve._errors import InvalidChunk, MessageOrder, NoDataDirectory
-from optserve._messages import decode_changes, decode_spec, encode_description, encode_position, encode_value
+from optserve._errors import InvalidChunk, InvalidTensor, MessageOrder, NoDataDirectory
+from optserve._messages import (
+    decode_changes,
+    decode_spec,
+    encode_description,
+    encode_position,
+    encode_summary,
+    encode_value,
+)
 from optserve._specification import Holds
 from optserve._wire import Frame
 from optserve.v1 import optimizer_pb2
@@ -19,6 +29,10 @@ from optserve_server.gate import Gate
 from optserve_server.step import StepStream
 from optserve_server.storage.directory import DataDirectory
 
+log = structlog.get_logger()
+
+LARGEST_SPECIFICATION = 4 << 20  # bytes; descriptions, which repeat names, stay below the 16 MiB of a message
+
 
 class OptimizerService:
     """The methods of `optimizer_service.proto`, free of any transport."""
@@ -26,6 +40,7 @@ class OptimizerService:
     def __init__(self, engine: Engine, storage: DataDirectory | None = None, *, max_streams: int = sys.maxsize) -> None:
         self._engine = engine
         self._storage = storage
+        self._storing = threading.Lock()  # a checkpoint and a deletion of one set must not overtake each other
         self.streams = Gate("streams", max_streams)
         self.pushes = Gate("pushes", max_streams)
         self._methods: dict[str, Callable[[Any], Any]] = {
@@ -50,10 +65,15 @@ class OptimizerService:
     def create_parameter_set(
         self, frames: Iterable[Frame[pb.CreateParameterSetRequest]]
     ) -> pb.CreateParameterSetResponse:
-        frames = iter(frames)
+        with self.pushes:
+            return self._create(iter(frames))
+
+    def _create(self, frames: Iterator[Frame[pb.CreateParameterSetRequest]]) -> pb.CreateParameterSetResponse:
         first = next(frames, None)
         if first is None or not first.message.HasField("spec"):
             raise MessageOrder("expected `spec` in the first message of CreateParameterSet")
+        if (size := first.message.spec.ByteSize()) > LARGEST_SPECIFICATION:
+            raise InvalidTensor(f"expected a specification of at most {LARGEST_SPECIFICATION} bytes; got {size}")
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
@@ -72,8 +92,8 @@ class OptimizerService:
         return pb.GetParameterSetResponse(parameter_set=encode_description(self._engine.get(request.id).describe()))
 
     def list_parameter_sets(self, request: pb.ListParameterSetsRequest) -> pb.ListParameterSetsResponse:
-        descriptions = [encode_description(each.describe()) for each in self._engine.list()]
-        return pb.ListParameterSetsResponse(parameter_sets=descriptions)
+        summaries = [encode_summary(each.summarize()) for each in self._engine.list()]
+        return pb.ListParameterSetsResponse(parameter_sets=summaries)
 
     def update_parameter_set(self, request: pb.UpdateParameterSetRequest) -> pb.UpdateParameterSetResponse:
         parameter_set = self._engine.get(request.id)
@@ -81,9 +101,10 @@ class OptimizerService:
         return pb.UpdateParameterSetResponse(parameter_set=encode_description(parameter_set.describe()))
 
     def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
-        self._engine.delete(request.id)
-        if self._storage is not None:
-            self._storage.delete(request.id)
+        with self._storing:
+            self._engine.delete(request.id)
+            if self._storage is not None:
+                self._storage.delete(request.id)
         return pb.DeleteParameterSetResponse()
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
@@ -92,16 +113,20 @@ class OptimizerService:
         return pb.CheckpointParameterSetResponse(position=encode_position(parameter_set.position))
 
     def checkpoint_all(self) -> None:
-        """Write every set; without a data directory, nothing."""
+        """Write every set that can be written; without a data directory, nothing."""
         for parameter_set in self._engine.list() if self._storage is not None else ():
-            self._checkpoint(parameter_set)
+            try:
+                self._checkpoint(parameter_set)
+            except Exception as error:
+                log.error("not written", parameter_set=parameter_set.spec.id, exc_info=error)
 
     def _checkpoint(self, parameter_set: ParameterSet) -> None:
         if self._storage is None:
             raise NoDataDirectory("expected a server started with --data-dir; this one keeps everything in memory only")
-        state = parameter_set.capture()
-        self._storage.write(state)
-        parameter_set.made_durable(state.position.version)
+        with self._storing:
+            state = parameter_set.capture()
+            self._storage.write(state)
+            parameter_set.made_durable(state.position.version)
 
     def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
         return pb.ListRulesResponse(rules=[_describe(each) for each in optim.catalogue().values()])

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from optserve._errors import MessageOrder
+from optserve._errors import InvalidArgument, MessageOrder
 from optserve._messages import (
     decode_changes,
     decode_position,
     decode_tensor,
-    encode_description,
     encode_position,
     encode_receipt,
+    encode_tensors,
 )
 from optserve._results import Receipt
 from optserve._specification import check_client_id
@@ -56,6 +56,8 @@ class StepStream:
                     busy.close()
                 elif message.HasField("pull"):
                     parameter_set, _ = self._opened("pull")
+                    if self._push is not None:
+                        raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `pull`")
                     yield from _answer_pull(parameter_set, parameter_set.snapshot(), message.pull)
 
     def _open(self, message: step_pb2.Open) -> Frame[StepResponse]:
@@ -67,7 +69,8 @@ class StepStream:
             epoch=session.epoch,
             last_sequence=session.last_sequence,
             last_receipt=encode_receipt(session.last_receipt) if session.last_receipt else None,
-            parameter_set=encode_description(self._set.describe()),
+            position=encode_position(self._set.position),
+            tensors=encode_tensors(self._set.spec.tensors),
         )
         return Frame(StepResponse(opened=opened))
 
@@ -76,9 +79,7 @@ class StepStream:
         if self._push is not None:
             raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
         if message.tensors:
-            self._declared = [
-                Declared(decode_tensor(each.spec), each.role == step_pb2.ROLE_PARAMETER) for each in message.tensors
-            ]
+            self._declared = [_decode_declared(each) for each in message.tensors]
         self._push = parameter_set.begin(
             message.sequence,
             self._declared,
@@ -89,7 +90,7 @@ class StepStream:
     def _commit(self, pull: step_pb2.Pull | None) -> Answers:
         parameter_set, session = self._opened("commit")
         push = self._pushing("commit")
-        push.finish()
+        push.finish(pull.tensors if pull is not None else ())
         receipt, snapshot = parameter_set.push(session, self, push, pull=pull is not None)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
         if pull is None or snapshot is None:
@@ -106,6 +107,12 @@ class StepStream:
         if self._push is None:
             raise MessageOrder(f"expected `push` first; got `{what}`")
         return self._push
+
+
+def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
+    if message.role not in (step_pb2.ROLE_UNSPECIFIED, step_pb2.ROLE_GRADIENT, step_pb2.ROLE_PARAMETER):
+        raise InvalidArgument(f"expected a role of 0, 1 or 2; got {message.role}")
+    return Declared(decode_tensor(message.spec), message.role == step_pb2.ROLE_PARAMETER)
 
 
 def _answer_pull(

@@ -28,7 +28,7 @@ from optserve.v1 import step_pb2 as optserve_dot_v1_dot_step__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"}\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\x1a\n\x18ListParameterSetsRequest\"N\n\x19ListParameterSetsResponse\x12\x31\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32\x19.optserve.v1.ParameterSet\"c\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription2\x8b\x06\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"}\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\x1a\n\x18ListParameterSetsRequest\"U\n\x19ListParameterSetsResponse\x12\x38\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32 .optserve.v1.ParameterSetSummary\"c\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription2\x8b\x06\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,23 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTPARAMETERSETSREQUEST']._serialized_start=503
   _globals['_LISTPARAMETERSETSREQUEST']._serialized_end=529
   _globals['_LISTPARAMETERSETSRESPONSE']._serialized_start=531
-  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=609
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=611
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=710
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=712
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=790
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=792
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=831
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=833
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=861
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=863
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=906
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=908
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=981
-  _globals['_LISTRULESREQUEST']._serialized_start=983
-  _globals['_LISTRULESREQUEST']._serialized_end=1001
-  _globals['_LISTRULESRESPONSE']._serialized_start=1003
-  _globals['_LISTRULESRESPONSE']._serialized_end=1067
-  _globals['_OPTIMIZERSERVICE']._serialized_start=1070
-  _globals['_OPTIMIZERSERVICE']._serialized_end=1849
+  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=616
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=618
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=717
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=719
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=797
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=799
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=838
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=840
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=868
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=870
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=913
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=915
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=988
+  _globals['_LISTRULESREQUEST']._serialized_start=990
+  _globals['_LISTRULESREQUEST']._serialized_end=1008
+  _globals['_LISTRULESRESPONSE']._serialized_start=1010
+  _globals['_LISTRULESRESPONSE']._serialized_end=1074
+  _globals['_OPTIMIZERSERVICE']._serialized_start=1077
+  _globals['_OPTIMIZERSERVICE']._serialized_end=1856
 # @@protoc_insertion_point(module_scope)

@@ -47,8 +47,8 @@ class ListParameterSetsRequest(_message.Message):
 class ListParameterSetsResponse(_message.Message):
     __slots__ = ("parameter_sets",)
     PARAMETER_SETS_FIELD_NUMBER: _ClassVar[int]
-    parameter_sets: _containers.RepeatedCompositeFieldContainer[_parameter_set_pb2.ParameterSet]
-    def __init__(self, parameter_sets: _Optional[_Iterable[_Union[_parameter_set_pb2.ParameterSet, _Mapping]]] = ...) -> None: ...
+    parameter_sets: _containers.RepeatedCompositeFieldContainer[_parameter_set_pb2.ParameterSetSummary]
+    def __init__(self, parameter_sets: _Optional[_Iterable[_Union[_parameter_set_pb2.ParameterSetSummary, _Mapping]]] = ...) -> None: ...
 
 class UpdateParameterSetRequest(_message.Message):
     __slots__ = ("id", "hyperparameters")

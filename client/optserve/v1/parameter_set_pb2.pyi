@@ -56,6 +56,26 @@ class ParameterSetSpec(_message.Message):
     holds: Holds
     def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ...) -> None: ...
 
+class ParameterSetSummary(_message.Message):
+    __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    rule: str
+    holds: Holds
+    position: Position
+    tensor_count: int
+    element_count: int
+    state_bytes: int
+    create_time: _timestamp_pb2.Timestamp
+    def __init__(self, id: _Optional[str] = ..., rule: _Optional[str] = ..., holds: _Optional[_Union[Holds, str]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., tensor_count: _Optional[int] = ..., element_count: _Optional[int] = ..., state_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class GroupState(_message.Message):
     __slots__ = ("name", "tensors", "optimizer")
     NAME_FIELD_NUMBER: _ClassVar[int]

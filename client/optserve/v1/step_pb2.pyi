@@ -58,16 +58,18 @@ class Open(_message.Message):
     def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("epoch", "last_sequence", "last_receipt", "parameter_set")
+    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAST_RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last_sequence: int
     last_receipt: Receipt
-    parameter_set: _parameter_set_pb2.ParameterSet
-    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+    position: _parameter_set_pb2.Position
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
+    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class PushedTensor(_message.Message):
     __slots__ = ("spec", "role")

@@ -23,11 +23,6 @@ class Place:
     start: int
     size: int
 
-    @property
-    def elements(self) -> slice:
-        """The tensor's part of that array."""
-        return slice(self.start, self.start + self.size)
-
 
 class Layout:
     """Places of a set's tensors, the same in every arena of the set; half precision is laid out as float32."""

@@ -1,11 +1,12 @@
 """All parameter sets of a server, by id."""
 
+import itertools
 import secrets
 import threading
 from collections.abc import Sequence
 from typing import Self
 
-from optserve._errors import ParameterSetExists, ParameterSetNotFound, SpecificationMismatch
+from optserve._errors import ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.staging import Staging
@@ -33,7 +34,7 @@ class Engine:
 
     def list(self) -> list[ParameterSet]:
         """All sets, ordered by id."""
-        return [self._sets[set_id] for set_id in sorted(self._sets)]
+        return [present for _, present in sorted(self._sets.copy().items())]
 
     def existing(self, spec: ParameterSetSpec, *, exist_ok: bool) -> ParameterSet | None:
         """The set of the specification's id, if any; raises ParameterSetExists, or SpecificationMismatch with `exist_ok`."""
@@ -48,6 +49,8 @@ class Engine:
         for name in ("tensors", "optimizer", "groups", "holds"):
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
+                if name == "tensors":
+                    expected, came = _first_difference(expected, came)
                 raise SpecificationMismatch(
                     f"parameter set {spec.id!r} exists with other {name}: expected {expected}; got {came}"
                 )
@@ -59,7 +62,12 @@ class Engine:
 
     def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
         """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
-        created = ParameterSet(spec, incarnation=_new_incarnation(), threads=self.threads)
+        try:
+            created = ParameterSet(spec, incarnation=_new_incarnation(), threads=self.threads)
+        except MemoryError:
+            raise ServerBusy(
+                f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"
+            ) from None
         if spec.holds is Holds.PARAMETERS:
             created.load(values)
         with self._lock:
@@ -91,6 +99,13 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _first_difference(expected: Sequence[TensorSpec], came: Sequence[TensorSpec]) -> tuple[str, str]:
+    for left, right in itertools.zip_longest(expected, came):
+        if left != right:
+            return str(left or f"{len(expected)} tensors"), str(right or f"{len(came)} tensors")
+    return "", ""
 
 
 def _new_incarnation() -> int:

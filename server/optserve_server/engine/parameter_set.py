@@ -9,24 +9,23 @@ from typing import Any
 import numpy as np
 
 from optserve._dtypes import DType
-from optserve._errors import InvalidArgument, ParameterSetNotFound, TensorMismatch
-from optserve._results import Description, GroupDescription, Position, Receipt
+from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerError, TensorMismatch
+from optserve._results import Description, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
 from optserve_server.engine import snapshot
 from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
 from optserve_server.engine.groups import TensorGroup, change, resolve
-from optserve_server.engine.loops import UPDATE_COLUMNS, decode_loop, update_loop
+from optserve_server.engine.loops import decode_loop, encode_loop, guard_loop
 from optserve_server.engine.push import Declared, Push
-from optserve_server.engine.rules import Memory, preparation, rule_for
+from optserve_server.engine.rules import Memory, rule_for
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
-from optserve_server.engine.staging import Piece, StagedTensor, Staging
+from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
+from optserve_server.engine.update import Planner, Update
 
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
-
-Ranges = dict[tuple[ComputeType, DType], list[list[int]]]
 
 
 class ParameterSet:
@@ -44,6 +43,7 @@ class ParameterSet:
         self._threads = threads
         self._lock = threading.Lock()
         self._deleted = False
+        self._broken = False
         self._snapshot: Snapshot | None = None
         # In a set that holds moments only, this arena takes the updates of the last push instead.
         self._parameters = self.layout.allocate()
@@ -52,6 +52,10 @@ class ParameterSet:
         self._slots = {slot: self.layout.allocate(initial.get(slot, 0.0)) for slot in self.rule.slots}
         self._steps = np.zeros(len(spec.tensors), np.int64)
         self._memory: list[Memory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
+        moments_only = spec.holds is Holds.MOMENTS
+        self._planner = Planner(
+            self.rule, self.layout, self._parameters, list(self._slots.values()), moments_only=moments_only
+        )
         self._compile()
 
     @property
@@ -72,13 +76,26 @@ class ParameterSet:
                     for group in self._groups
                 ),
                 create_time=self.create_time,
-                state_bytes=self.layout.nbytes * (1 + len(self._slots)),
-                element_count=sum(tensor.size for tensor in self.spec.tensors),
+                state_bytes=self._state_bytes,
+                element_count=self._element_count,
             )
+
+    def summarize(self) -> Summary:
+        """The set in a list."""
+        return Summary(
+            id=self.spec.id,
+            rule=self.spec.optimizer.rule,
+            holds=self.spec.holds,
+            position=self._position,
+            tensor_count=len(self.spec.tensors),
+            element_count=self._element_count,
+            state_bytes=self._state_bytes,
+            create_time=self.create_time,
+        )
 
     def load(self, staging: Staging) -> None:
         """Take the initial values of all tensors, before the set is published."""
-        tables: Ranges = {}
+        tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
         for place, tensor in zip(self.layout.places, staging.tensors, strict=True):
             table = tables.setdefault((place.compute, tensor.spec.dtype), [])
             table += [[place.start + piece.offset, piece.size, piece.address] for piece in tensor.pieces]
@@ -123,6 +140,7 @@ class ParameterSet:
             if receipt is None:
                 receipt = self._apply(push)
                 session.record(push.sequence, push.digest, receipt)
+                self._sessions.touch(session)
             return receipt, self._take_snapshot() if pull and receipt.applied else None
 
     def snapshot(self) -> Snapshot:
@@ -174,9 +192,20 @@ class ParameterSet:
             self._snapshot = None
 
     def delete(self) -> None:
-        """Refuse everything from now on."""
+        """Refuse everything from now on, and let go of the memory."""
         with self._lock:
             self._deleted = True
+            self._snapshot = None
+            for arena in (self._parameters, *self._slots.values()):
+                arena.clear()
+
+    @property
+    def _state_bytes(self) -> int:
+        return self.layout.nbytes * len(self._arenas())
+
+    @property
+    def _element_count(self) -> int:
+        return sum(tensor.size for tensor in self.spec.tensors)
 
     def _arenas(self) -> dict[str, Arena]:
         """What outlives a restart."""
@@ -185,6 +214,10 @@ class ParameterSet:
     def _check_alive(self) -> None:
         if self._deleted:
             raise ParameterSetNotFound(f"parameter set {self.spec.id!r} was deleted")
+        if self._broken:
+            raise ServerError(
+                f"parameter set {self.spec.id!r} is unusable: an update failed half way; restart the server to restore it"
+            )
 
     def _apply(self, push: Push) -> Receipt:
         receipt = Receipt(
@@ -194,17 +227,20 @@ class ParameterSet:
             staleness=self._staleness(push.base),
             gradient_norm=push.gradient_norm,
         )
-        if push.error:
-            return replace(receipt, error=push.error)
+        if push.refusal:
+            return replace(receipt, refusal=push.refusal)
         try:
             groups = change(self._groups, push.changes)
             self._check_parameters(push, groups)
         except InvalidArgument as error:
-            return replace(receipt, error=error)
-        self._run(push, groups)
+            return replace(receipt, refusal=Refusal.of(error))
+        gradients = push.gradients
+        self._run(self._planner.plan(groups, gradients, push.parameters, self._steps, self._memory))
         self._groups = groups
         self._position = replace(self._position, version=self._position.version + 1)
         self._snapshot = None
+        if self.spec.holds is Holds.MOMENTS:
+            self._present = tuple(gradients)
         return replace(
             receipt,
             position=self._position,
@@ -212,56 +248,24 @@ class ParameterSet:
             learning_rates={group.name: group.optimizer.lr for group in groups},
         )
 
-    def _run(self, push: Push, groups: tuple[TensorGroup, ...]) -> None:
-        """Advance the pushed tensors by one update; nothing can fail once the first loop has begun."""
-        gradients, parameters = push.gradients, push.parameters
-        rows: dict[tuple[int, int, Memory], int] = {}
-        scalars: list[tuple[float, ...]] = []
-        memories: dict[int, Memory] = {}
-        ranges: Ranges = {}
-        for number, group in enumerate(groups):
-            for index in group.members:
-                if index not in gradients:
-                    continue
-                t = int(self._steps[index]) + 1
-                memory = self.rule.remember(group.optimizer, t, self._memory[index])
-                row = rows.setdefault((number, t, memory), len(rows))
-                if row == len(scalars):
-                    scalars.append((*preparation(group.optimizer), *self.rule.scalars(group.optimizer, t, memory)))
-                memories[index] = memory
-                table = ranges.setdefault((self.layout.places[index].compute, gradients[index].spec.dtype), [])
-                table += self._ranges(index, row, gradients[index], parameters.get(index))
-        for (compute, dtype), table in ranges.items():
-            self._run_loop(compute, dtype, np.array(table, np.int64).reshape(-1, UPDATE_COLUMNS), scalars)
-        for index, memory in memories.items():
+    def _run(self, update: Update) -> None:
+        """Run an update; if that fails half way, nothing is ever read from this set again."""
+        self._broken = True
+        for work in update.work:
+            work.run(self._threads)
+        for index, memory in update.memories.items():
             self._steps[index] += 1
             self._memory[index] = memory
-        if self.spec.holds is Holds.MOMENTS:
-            self._present = tuple(gradients)
-
-    def _ranges(self, index: int, row: int, gradient: StagedTensor, parameter: StagedTensor | None) -> list[list[int]]:
-        start, size = self.layout.places[index].start, gradient.spec.dtype.itemsize
-        if parameter is None:  # any readable memory: what is read there is multiplied by zero, and gradients are finite
-            return [[start + piece.offset, piece.size, row, piece.address, piece.address] for piece in gradient.pieces]
-        return [
-            [start + begin, end - begin, row, left.address + (begin - left.offset) * size,
-             right.address + (begin - right.offset) * size]
-            for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
-        ]  # fmt: skip
-
-    def _run_loop(
-        self, compute: ComputeType, dtype: DType, table: np.ndarray[Any, Any], scalars: list[tuple[float, ...]]
-    ) -> None:
-        loop = update_loop(self.rule, dtype, moments_only=self.spec.holds is Holds.MOMENTS)
-        arrays = [self._parameters[compute], *(slot[compute] for slot in self._slots.values())]
-        self._threads.run(loop, table, {3: dtype.itemsize, 4: dtype.itemsize}, np.array(scalars, compute), *arrays)
+        self._broken = False
 
     def _compile(self) -> None:
-        """Compile the set's loops now rather than at its first push, by running them on nothing."""
-        width = len(preparation(self.spec.optimizer)) + 16  # at least as many scalars as any rule has
-        for dtype in {tensor.dtype for tensor in self.spec.tensors}:
-            nothing = np.empty((0, UPDATE_COLUMNS), np.int64)
-            self._run_loop(dtype.compute, dtype, nothing, [(0.0,) * width])
+        """Compile every loop that this set will need now, by running it on nothing, rather than while somebody waits."""
+        dtypes = {tensor.dtype for tensor in self.spec.tensors}
+        self._planner.compile(dtypes, self._groups[0])
+        nothing = np.empty((0, 3), np.int64)
+        for dtype in dtypes:
+            guard_loop(dtype)(nothing, np.empty(0), np.empty((0, 2), np.uint32))
+            encode_loop(dtype)(nothing, self._parameters[dtype.compute])
 
     def _check_parameters(self, push: Push, groups: tuple[TensorGroup, ...]) -> None:
         """In a set that holds moments only, weight decay needs the caller's parameters."""
@@ -282,14 +286,3 @@ class ParameterSet:
         if base is None or base.incarnation != self._position.incarnation:
             return None
         return max(0, self._position.version - base.version)
-
-
-def _common(left: list[Piece], right: list[Piece]) -> list[tuple[int, int, Piece, Piece]]:
-    """The runs on which two coverings of one tensor both have a single piece: begin, end, and the two."""
-    runs = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        left_end, right_end = left[i].offset + left[i].size, right[j].offset + right[j].size
-        runs.append((max(left[i].offset, right[j].offset), min(left_end, right_end), left[i], right[j]))
-        i, j = i + (left_end <= right_end), j + (right_end <= left_end)
-    return runs

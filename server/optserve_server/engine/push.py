@@ -1,9 +1,9 @@
 """A push on its way: what it declared, what has been staged, why it is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from optserve._errors import InvalidArgument, TensorMismatch
+from optserve._errors import InvalidArgument, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
 from optserve_server.engine.staging import StagedTensor, Staging
@@ -18,7 +18,7 @@ class Declared(NamedTuple):
 
 
 class Push:
-    """One push. What is wrong with it is kept in `error`, so that the rest can be drained and a receipt recorded."""
+    """One push. What is wrong with it is kept in `refusal`, so that the rest can be drained and a receipt recorded."""
 
     def __init__(
         self,
@@ -34,16 +34,19 @@ class Push:
         self.sequence = sequence
         self.base = base
         self.changes = changes or {}
-        self.error: InvalidArgument | None = None
+        self.refusal: Refusal | None = None
         self.digest = b""
         self.gradient_norm = 0.0
-        self._staging = Staging([each.spec for each in declared], threads)
+        self._spec = spec
+        self._indices = indices
         self._gradients: dict[int, int] = {}  # index in the set to index in the push
         self._parameters: dict[int, int] = {}
         try:
-            self._resolve(spec, indices, declared)
+            self._resolve(declared)
         except InvalidArgument as error:
-            self.error = error
+            self._refuse(error)
+            declared = ()  # nothing is made room for that was not registered
+        self._staging = Staging([each.spec for each in declared], threads)
 
     @property
     def gradients(self) -> dict[int, StagedTensor]:
@@ -57,26 +60,35 @@ class Push:
 
     def add(self, runs: Sequence[Run], data: Any, *, replace: bool) -> None:
         """Stage a chunk, unless the push is refused already."""
-        if self.error is None:
+        if self.refusal is None:
             try:
                 self._staging.add(runs, data, replace=replace)
             except InvalidArgument as error:
-                self.error = error
+                self._refuse(error)
 
-    def finish(self) -> None:
-        """All chunks are here: guard them, and take the digest and the norm of the gradients."""
-        if self.error is None:
+    def finish(self, pulled: Iterable[str] = ()) -> None:
+        """All chunks are here: guard them, and take the digest and the norm of the gradients.
+
+        `pulled` names the tensors that are asked for right after the push; it is refused if one of them won't be there.
+        """
+        if self.refusal is None:
             try:
+                self._check_pulled(pulled)
                 self._staging.finish()
             except InvalidArgument as error:
-                self.error = error
+                self._refuse(error)
             else:
-                self.digest = self._staging.digest()
+                self.digest = self._staging.digest(str(sorted(self.changes.items())))
                 self.gradient_norm = self._staging.norm(k for _, k in sorted(self._gradients.items()))
 
-    def _resolve(self, spec: ParameterSetSpec, indices: Mapping[str, int], declared: Sequence[Declared]) -> None:
+    def _refuse(self, error: InvalidArgument) -> None:
+        self.refusal = Refusal.of(error)
+        self._staging = Staging((), Threads(1))  # let go of what was received
+
+    def _resolve(self, declared: Sequence[Declared]) -> None:
+        spec = self._spec
         for k, (tensor, is_parameter) in enumerate(declared):
-            index = indices.get(tensor.name)
+            index = self._indices.get(tensor.name)
             if index is None or spec.tensors[index] != tensor:
                 raise mismatch(spec, tensor)
             if is_parameter and spec.holds is Holds.PARAMETERS:
@@ -88,6 +100,22 @@ class Push:
         if not self._gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {spec.id!r}; got none")
 
+    def _check_pulled(self, names: Iterable[str]) -> None:
+        present = self._gradients if self._spec.holds is Holds.MOMENTS else range(len(self._spec.tensors))
+        check_present(self._spec, self._indices, present, names)
+
+
+def check_present(
+    spec: ParameterSetSpec, indices: Mapping[str, int], present: Iterable[int], names: Iterable[str]
+) -> None:
+    """Raises TensorMismatch for a name that is not among the tensors that are present, given as indices."""
+    known = set(present)
+    for name in names:
+        if indices.get(name) not in known:
+            raise TensorMismatch(
+                f"set {spec.id!r}: expected tensors among {_some(spec.tensors[k].name for k in sorted(known))}; got {name!r}"
+            )
+
 
 def mismatch(spec: ParameterSetSpec, tensor: TensorSpec) -> TensorMismatch:
     """The error that says how a tensor differs from the registered ones."""
@@ -96,5 +124,10 @@ def mismatch(spec: ParameterSetSpec, tensor: TensorSpec) -> TensorMismatch:
         return TensorMismatch(
             f"set {spec.id!r}: expected {by_name[tensor.name]}; got {tensor.dtype.name}{list(tensor.shape)}"
         )
-    names = ", ".join(repr(name) for name in list(by_name)[:10]) + (", ..." if len(by_name) > 10 else "")
-    return TensorMismatch(f"set {spec.id!r}: expected a tensor among {names}; got {tensor.name!r}")
+    return TensorMismatch(f"set {spec.id!r}: expected a tensor among {_some(by_name)}; got {tensor.name!r}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:10]) + (", ..." if len(quoted) > 10 else "") or "none yet"

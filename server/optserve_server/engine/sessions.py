@@ -75,6 +75,11 @@ class Sessions:
         """Take sessions over, from `copy`."""
         self._by_client = OrderedDict((session.client_id, session) for session in sessions)
 
+    def touch(self, session: Session) -> None:
+        """Count a session as in use now."""
+        if self._by_client.get(session.client_id) is session:
+            self._by_client.move_to_end(session.client_id)
+
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Resume the client's session if the epoch is the one issued, else begin a new one; older streams lose it."""
         session = self._by_client.get(client_id)

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import DType
-from optserve._errors import TensorMismatch
 from optserve._results import Position
 from optserve._specification import ParameterSetSpec, TensorSpec
 from optserve_server.engine.arena import Arena, ComputeType, Layout, aligned
 from optserve_server.engine.loops import encode_loop
+from optserve_server.engine.push import check_present
 from optserve_server.engine.threads import Threads
 
 
@@ -27,10 +27,7 @@ class Snapshot:
         """Indices of the named tensors in that order, or of all; raises TensorMismatch for one that is not here."""
         if not names:
             return self.tensors
-        for name in names:
-            if indices.get(name) not in self.data:
-                present = ", ".join(repr(spec.tensors[index].name) for index in self.tensors[:10]) or "none yet"
-                raise TensorMismatch(f"set {spec.id!r}: expected tensors among {present}; got {name!r}")
+        check_present(spec, indices, self.tensors, names)
         return [indices[name] for name in names]
 
 

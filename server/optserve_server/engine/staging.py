@@ -22,6 +22,7 @@ from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.threads import Threads
 
 INLINE = 1 << 20  # elements: chunks from the wire are guarded by the thread that received them
+MOST_PIECES = 64  # for each tensor, and two for each of its blocks: bookkeeping stays small beside the elements
 REPLACEMENTS = 4  # a transfer may carry this many times its tensors' bytes, replaced segments included
 
 
@@ -42,6 +43,7 @@ class StagedTensor:
     def __init__(self, spec: TensorSpec, first_block: int) -> None:
         self.spec = spec
         self.first_block = first_block
+        self._most_pieces = MOST_PIECES + 2 * (-(-spec.size // BLOCK))
         self.pieces: list[Piece] = []
         self.received = 0
 
@@ -63,6 +65,10 @@ class StagedTensor:
             )
         remains = [part for other in overlapped for part in self._outside(other, piece.offset, end)]
         merged = sorted([piece, *remains])
+        if len(self.pieces) + len(merged) - len(overlapped) > self._most_pieces:
+            raise InvalidChunk(
+                f"tensor {self.spec}: expected at most {self._most_pieces} segments; send longer ones (chunks of 1 MiB)"
+            )
         self.received += sum(part.size for part in merged) - sum(other.size for other in overlapped)
         self.pieces[first:last] = merged
 
@@ -93,6 +99,8 @@ class Staging:
     def add(self, runs: Sequence[Run], data: Any, *, replace: bool = False) -> None:
         """Take a chunk in, without copying; raises InvalidChunk."""
         message = np.frombuffer(data, np.uint8)
+        if not runs:
+            raise InvalidChunk(f"expected at least one segment in a chunk; got none, and {message.size} bytes")
         expected = 0
         for run in runs:
             if run.tensor >= len(self.tensors):
@@ -113,7 +121,9 @@ class Staging:
             self.tensors[run.tensor].add(piece, replace=replace)
             pieces.append((self.tensors[run.tensor], piece))
             address += run.size * self.tensors[run.tensor].spec.dtype.itemsize
-        self._guard([row for tensor, piece in pieces if (row := self._whole_blocks(tensor, piece))])
+        rows = [row for tensor, piece in pieces if (row := self._whole_blocks(tensor, piece))]
+        if not replace:  # what is replaced may be replaced again in this very chunk: it waits for `finish`
+            self._guard(rows)
 
     def finish(self) -> None:
         """Check that every element has come and is finite; raises InvalidChunk or NonFiniteValue."""
@@ -132,9 +142,9 @@ class Staging:
         """Euclidean norm of some of the tensors together, after `finish`; block sums are added in order."""
         return math.sqrt(sum(float(self._sums[self._blocks(self.tensors[index])].sum()) for index in tensors))
 
-    def digest(self) -> bytes:
-        """8 bytes that tell this transfer's content from another's, after `finish`; independent of the chunking."""
-        names = "\n".join(str(tensor.spec) for tensor in self.tensors).encode()
+    def digest(self, more: str = "") -> bytes:
+        """8 bytes that tell this transfer's content, and `more`, from another's, after `finish`; whatever the chunks."""
+        names = "\n".join([*(str(tensor.spec) for tensor in self.tensors), more]).encode()
         return hashlib.blake2b(names + self._digests.tobytes(), digest_size=8).digest()
 
     def _blocks(self, tensor: StagedTensor) -> slice:

@@ -1,7 +1,7 @@
 """The data directory: checkpoints of every set, one safetensors file for each generation.
 
-A checkpoint is written to a temporary file, synced, and renamed; the rename is what makes it count. Two generations are kept,
-and a damaged file is passed over, loudly, for the one before. One server at a time may use a directory.
+A checkpoint is written to a temporary file, synced, and renamed; the rename is what makes it count. Two generations are
+kept, and a damaged file is passed over, loudly, for the one before. One server at a time may use a directory.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import structlog
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from optserve_server.engine.arena import Arena
@@ -27,14 +27,18 @@ log = structlog.get_logger()
 
 GENERATIONS_KEPT = 2
 SUFFIX = ".safetensors"
+DELETED = ".deleted"
+RECORD = "record"  # name of the tensor that holds everything but tensors, as JSON
 SEPARATOR = "."  # between an arena's name and its compute type
 
 
 class DataDirectory:
-    """Checkpoints below a path; raises OSError if the path can't be used or another server uses it."""
+    """Checkpoints below a path; raises OSError if the path can't be used or another server uses it.
+
+    Its methods are not for several threads at a time.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._sets = path / "sets"
         self._sets.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "LOCK").open("w")
@@ -46,39 +50,49 @@ class DataDirectory:
 
     def write(self, state: State) -> None:
         """Put a state on stable storage; raises OSError, and then what was there before still counts."""
+        if self._lock.closed:
+            raise OSError("this data directory was closed: another server may use it by now")
         home = self._home(state.spec.id)
         home.mkdir(exist_ok=True)
-        path = home / f"{state.position.version:020d}-{state.position.incarnation:016x}{SUFFIX}"
+        generations = _generations(home)
+        number = 1 + (_number(generations[0]) if generations else 0)
+        path = home / f"{number:012d}-version-{state.position.version}{SUFFIX}"
+        temporary = path.with_suffix(".tmp")
         tensors = _tensors(state)
         checksums = {name: zlib.crc32(array.data) for name, array in tensors.items()}
-        metadata = {"optserve": record.to_json(state), "crc32": json.dumps(checksums)}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {"crc32": json.dumps(checksums)})
         _sync(temporary)
         temporary.rename(path)
         _sync(home)
         _sync(self._sets)
-        for old in self._generations(home)[GENERATIONS_KEPT:]:
+        for old in _generations(home)[GENERATIONS_KEPT:]:
             old.unlink()
 
     def read_all(self) -> Iterator[State]:
         """The newest sound state of every set."""
         for home in sorted(self._sets.iterdir()):
+            if home.name.endswith(DELETED):
+                shutil.rmtree(home)
+                continue
             for leftover in home.glob("*.tmp"):
                 leftover.unlink()
-            for path in self._generations(home):
+            for path in _generations(home):
                 try:
                     yield _read(path)
                     break
-                except (SafetensorError, OSError, ValueError, KeyError) as error:
+                except Exception as error:  # whatever a damaged file leads to
                     log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             else:
                 log.error("no sound checkpoint; the set is not restored", directory=str(home))
 
     def delete(self, set_id: str) -> None:
-        """Remove a set's checkpoints, if it has any."""
-        shutil.rmtree(self._home(set_id), ignore_errors=True)
-        _sync(self._sets)
+        """Remove a set's checkpoints, if it has any; raises OSError if they can't be removed."""
+        home = self._home(set_id)
+        if home.exists():
+            condemned = home.with_suffix(DELETED)
+            home.rename(condemned)  # from here on they don't count
+            _sync(self._sets)
+            shutil.rmtree(condemned)
 
     def close(self) -> None:
         """Let another server use the directory."""
@@ -88,30 +102,37 @@ class DataDirectory:
         """No id reaches the file system: its hash does."""
         return self._sets / hashlib.sha256(set_id.encode()).hexdigest()[:32]
 
-    def _generations(self, home: Path) -> list[Path]:
-        """Newest first."""
-        return sorted(home.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+def _generations(home: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(home.glob(f"*{SUFFIX}"), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[0])
 
 
 def _tensors(state: State) -> dict[str, np.ndarray[Any, Any]]:
-    return {
+    tensors = {
         f"{name}{SEPARATOR}{compute.name}": array
         for name, arena in state.arenas.items()
         for compute, array in arena.items()
     }
+    return tensors | {RECORD: np.frombuffer(record.to_json(state).encode(), np.uint8)}
 
 
 def _read(path: Path) -> State:
     arenas: dict[str, Arena] = {}
     with safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-        checksums = json.loads(metadata["crc32"])
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            array = file.get_tensor(key)
-            if zlib.crc32(array.data) != checksums[key]:
-                raise ValueError(f"checksum of {key} does not match")
-            arenas.setdefault(key.rpartition(SEPARATOR)[0], {})[array.dtype] = array
-    return record.from_json(metadata["optserve"], arenas)
+        checksums = json.loads(file.metadata()["crc32"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    for name, array in tensors.items():
+        if zlib.crc32(array.data) != checksums[name]:
+            raise ValueError(f"checksum of {name} does not match")
+    text = tensors.pop(RECORD).tobytes().decode()
+    for name, array in tensors.items():
+        arenas.setdefault(name.rpartition(SEPARATOR)[0], {})[array.dtype] = array
+    return record.from_json(text, arenas)
 
 
 def _sync(path: Path) -> None:
