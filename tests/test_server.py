@@ -86,6 +86,27 @@ def test_streams_beyond_the_limit_are_told_to_try_again() -> None:
             assert patient.parameter_set("a").push(ONES).version == 3
 
 
+def test_pushes_beyond_the_bytes_in_flight_wait_their_turn_and_none_is_lost() -> None:
+    """Eight workers push at once where there is room for two: only retryable refusals, and every update is made."""
+    size = 1 << 20
+    large = {"x": np.ones(size, np.float32)}
+    config = Config(listen="127.0.0.1:0", max_bytes_in_flight=9 * size)
+    with Server(config) as server, optserve.Client(server.address) as client, ThreadPoolExecutor(8) as pool:
+        weights = client.create_parameter_set("a", large, optim.SGD(lr=1.0, maximize=True))
+        most: list[int] = []
+
+        def work(handle: optserve.ParameterSet) -> None:
+            for _ in range(3):
+                handle.push(large)
+                most.append(server._service.pushes._inside)
+
+        list(pool.map(work, [client.parameter_set("a") for _ in range(8)]))
+        assert max(most) <= 9 * size
+        params = weights.pull()
+        assert params.version == 24
+        assert (params["x"] == 25).all()
+
+
 def test_a_push_in_flight_is_finished_and_kept_when_the_server_stops(tmp_path: Path) -> None:
     """The push is held half way, the server is told to stop, and only then the rest is sent: it must be applied."""
     go_on = threading.Event()
@@ -108,7 +129,7 @@ def test_a_push_in_flight_is_finished_and_kept_when_the_server_stops(tmp_path: P
         pushing = pool.submit(weights.push, large)
         gate = server._service.pushes
         with gate._changed:
-            gate._changed.wait_for(lambda: gate._inside == 1)
+            gate._changed.wait_for(lambda: gate._inside == 4 << 20)
             stopping = pool.submit(server.stop)
             gate._changed.wait_for(lambda: gate._closed)
         go_on.set()

@@ -149,10 +149,11 @@ class SessionSuperseded(OptserveError):
 
 
 class ServerBusy(OptserveError):
-    """The server has no room for this now; the same request may succeed later."""
+    """The server has no room for this now; the same request may succeed after `retry_after` seconds."""
 
     code = "RESOURCE_EXHAUSTED"
     retryable = True
+    retry_after: ClassVar[float] = 0.1
 
 
 class ServerUnavailable(OptserveError, ConnectionError):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from optserve._errors import OptserveError
+from optserve._errors import OptserveError, ServerBusy
 
 FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 10.0
@@ -25,11 +25,11 @@ class Retry:
         """Seconds left, never negative."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def pause(self) -> bool:
-        """Sleep before another attempt; False if there is no time for one."""
+    def pause(self, error: OptserveError) -> bool:
+        """Sleep before another attempt after an error; False if there is no time for one."""
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._attempts)
         self._attempts += 1
-        pause = random.uniform(0.0, longest)
+        pause = random.uniform(0.0, longest) + (error.retry_after if isinstance(error, ServerBusy) else 0.0)
         if pause >= self.remaining:
             return False
         time.sleep(pause)
@@ -43,5 +43,5 @@ def retried(attempt: Callable[[float], T], timeout: float) -> T:
         try:
             return attempt(retry.remaining)
         except OptserveError as error:
-            if not error.retryable or not retry.pause():
+            if not error.retryable or not retry.pause(error):
                 raise

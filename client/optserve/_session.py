@@ -148,7 +148,7 @@ class Session:
                 self._disconnect()
                 if self._closed:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
-                if isinstance(error, OptserveError) and error.retryable and retry.pause():
+                if isinstance(error, OptserveError) and error.retryable and retry.pause(error):
                     continue
                 self._give_up(error, exchange)
                 raise

@@ -40,6 +40,9 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for updates; by default one for each processor.")] = None,
     max_streams: Annotated[int, typer.Option(help="Workers that may be connected at a time.")] = DEFAULT.max_streams,
+    max_bytes_in_flight: Annotated[
+        int, typer.Option(help="Bytes of gradients that may be under way at a time.")
+    ] = DEFAULT.max_bytes_in_flight,
     grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
     log_level: Annotated[
         str, typer.Option(envvar="OPTSERVE_LOG_LEVEL", help="debug, info, warning or error.")
@@ -53,7 +56,14 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _reported(ValueError, OSError):
-        config = Config(listen=listen, data_dir=data_dir, threads=threads, max_streams=max_streams, grace=grace)
+        config = Config(
+            listen=listen,
+            data_dir=data_dir,
+            threads=threads,
+            max_streams=max_streams,
+            max_bytes_in_flight=max_bytes_in_flight,
+            grace=grace,
+        )
         server = Server(config)
     with server:
         print(f"listening on {server.address}", flush=True)  # for scripts that asked for a free port

@@ -11,16 +11,19 @@ LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 class Config:
     """How to run a server; raises ValueError for values that can't be meant.
 
-    `listen` is `host:port`, `[ipv6]:port` or `unix:/path`; port 0 takes a free one. There is no authentication yet: listen
-    beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps it in memory
-    only. `threads` is how many run the update loops (None: one for each processor). `max_streams` bounds the workers
-    connected at a time, each of which costs a thread. `grace` is how many seconds pushes in flight get to finish on shutdown.
+    `listen` is `host:port`, `[ipv6]:port` or `unix:/path`; port 0 takes a free one. There is no authentication yet:
+    listen beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps
+    it in memory only. `threads` is how many run the update loops (None: one for each processor). `max_streams` bounds
+    the workers connected at a time, each of which costs a thread; `max_bytes_in_flight` the gradients and initial values
+    that are being received at a time, beyond which workers are told to try again. `grace` is how many seconds pushes in
+    flight get to finish on shutdown.
     """
 
     listen: str = "127.0.0.1:50051"
     data_dir: Path | None = None
     threads: int | None = None
     max_streams: int = 1024
+    max_bytes_in_flight: int = 4 << 30
     grace: float = 30.0
 
     def __post_init__(self) -> None:
@@ -32,6 +35,8 @@ class Config:
             raise ValueError(f"expected at least one thread; got {self.threads}")
         if self.max_streams < 1:
             raise ValueError(f"expected room for at least one stream; got {self.max_streams}")
+        if self.max_bytes_in_flight < 1:
+            raise ValueError(f"expected room for at least one byte in flight; got {self.max_bytes_in_flight}")
         if self.grace < 0:
             raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
 

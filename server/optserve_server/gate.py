@@ -1,13 +1,14 @@
-"""The gate: lets pushes and streams in while there is room, and lets the server drain."""
+"""The gate: lets work in while there is room for it, and lets the server drain."""
 
 import threading
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from optserve._errors import ServerBusy, ServerDraining
 
 
 class Gate:
-    """Counts what is inside. Once closed nothing enters, and `drain` waits for the rest to leave."""
+    """Counts what is inside, in streams or bytes. Once closed nothing enters, and `drain` waits for the rest to leave."""
 
     def __init__(self, what: str, limit: int) -> None:
         self._what = what
@@ -16,22 +17,28 @@ class Gate:
         self._closed = False
         self._changed = threading.Condition()
 
-    def __enter__(self) -> None:
-        """Enter; raises ServerBusy if it is full, ServerDraining if it is closed."""
+    @contextmanager
+    def room(self, size: int = 1) -> Iterator[None]:
+        """Be inside; raises ServerBusy if that would be too much, ServerDraining if the gate is closed.
+
+        What is larger than the limit may enter alone.
+        """
         with self._changed:
             if self._closed:
                 raise ServerDraining("the server is draining; try again once it is back")
-            if self._inside >= self._limit:
-                raise ServerBusy(f"expected at most {self._limit} {self._what} at a time; try again later")
-            self._inside += 1
+            if self._inside and self._inside + size > self._limit:
+                raise ServerBusy(
+                    f"expected at most {self._limit:,} {self._what} at a time; there are {self._inside:,}, and {size:,} more "
+                    "came. Try again later"
+                )
+            self._inside += size
             self._changed.notify_all()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= size
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Let nothing in any more."""

@@ -6,10 +6,12 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from optserve._errors import OptserveError
+from optserve._errors import OptserveError, ServerBusy
 from optserve._transport import REASON_KEY
 
 log = structlog.get_logger()
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRFC A6: the earliest time at which to try again
 
 
 class ErrorInterceptor(grpc.ServerInterceptor):
@@ -60,7 +62,8 @@ def _abort(context: grpc.ServicerContext, method: str, error: Exception) -> NoRe
         raise error
     if isinstance(error, OptserveError):
         log.info("call refused", method=method, reason=error.reason(), message=str(error))
-        context.set_trailing_metadata(((REASON_KEY, error.reason()),))
+        hint = ((PUSHBACK_KEY, str(round(error.retry_after * 1000))),) if isinstance(error, ServerBusy) else ()
+        context.set_trailing_metadata(((REASON_KEY, error.reason()), *hint))
         context.abort(grpc.StatusCode[error.code], str(error))
     log.error("call failed", method=method, exc_info=error)
     context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log has the details")

@@ -50,7 +50,12 @@ class Server:
             self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
             if self._storage is not None:
                 acquired.callback(self._storage.close)
-            self._service = OptimizerService(self._engine, self._storage, max_streams=config.max_streams)
+            self._service = OptimizerService(
+                self._engine,
+                self._storage,
+                max_streams=config.max_streams,
+                max_bytes_in_flight=config.max_bytes_in_flight,
+            )
             self._health = health.HealthServicer()
             self._grpc = self._build()
             acquired.callback(self._grpc.stop, None)

@@ -17,7 +17,7 @@ from optserve._messages import (
     encode_summary,
     encode_value,
 )
-from optserve._specification import Holds
+from optserve._specification import Holds, ParameterSetSpec
 from optserve._wire import Frame
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -25,9 +25,12 @@ from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import rule_for
+from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
 from optserve_server.step import StepStream
 from optserve_server.storage.directory import DataDirectory
+
+CreationFrames = Iterable[Frame[pb.CreateParameterSetRequest]]
 
 log = structlog.get_logger()
 
@@ -37,12 +40,19 @@ LARGEST_SPECIFICATION = 4 << 20  # bytes; descriptions, which repeat names, stay
 class OptimizerService:
     """The methods of `optimizer_service.proto`, free of any transport."""
 
-    def __init__(self, engine: Engine, storage: DataDirectory | None = None, *, max_streams: int = sys.maxsize) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        storage: DataDirectory | None = None,
+        *,
+        max_streams: int = sys.maxsize,
+        max_bytes_in_flight: int = sys.maxsize,
+    ) -> None:
         self._engine = engine
         self._storage = storage
         self._storing = threading.Lock()  # a checkpoint and a deletion of one set must not overtake each other
         self.streams = Gate("streams", max_streams)
-        self.pushes = Gate("pushes", max_streams)
+        self.pushes = Gate("bytes of tensors in flight", max_bytes_in_flight)
         self._methods: dict[str, Callable[[Any], Any]] = {
             "CreateParameterSet": self.create_parameter_set,
             "GetParameterSet": self.get_parameter_set,
@@ -59,16 +69,11 @@ class OptimizerService:
 
     def step(self, frames: Iterator[Frame[StepRequest]]) -> Generator[Frame[StepResponse]]:
         """Serve one Step stream."""
-        with self.streams:
+        with self.streams.room():
             yield from StepStream(self._engine, self.pushes).serve(frames)
 
-    def create_parameter_set(
-        self, frames: Iterable[Frame[pb.CreateParameterSetRequest]]
-    ) -> pb.CreateParameterSetResponse:
-        with self.pushes:
-            return self._create(iter(frames))
-
-    def _create(self, frames: Iterator[Frame[pb.CreateParameterSetRequest]]) -> pb.CreateParameterSetResponse:
+    def create_parameter_set(self, frames: CreationFrames) -> pb.CreateParameterSetResponse:
+        frames = iter(frames)
         first = next(frames, None)
         if first is None or not first.message.HasField("spec"):
             raise MessageOrder("expected `spec` in the first message of CreateParameterSet")
@@ -77,6 +82,15 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
+        with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.tensors))):
+            values = self._receive(spec, first, frames)
+            made, created = self._engine.create(spec, values, exist_ok=exist_ok)
+        return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
+
+    def _receive(
+        self, spec: ParameterSetSpec, first: Frame[pb.CreateParameterSetRequest], frames: CreationFrames
+    ) -> Staging:
+        """The initial values of a set, all of them."""
         values = self._engine.stage(spec.tensors if spec.holds is Holds.PARAMETERS else ())
         for frame in (first, *frames) if first.payload else frames:
             if frame is not first and frame.message.HasField("spec"):
@@ -85,8 +99,7 @@ class OptimizerService:
                 raise InvalidChunk("expected a chunk of initial values; got a message without one")
             values.add(frame.payload.runs, frame.payload.buffer, replace=frame.payload.replace)
         values.finish()
-        made, created = self._engine.create(spec, values, exist_ok=exist_ok)
-        return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
+        return values
 
     def get_parameter_set(self, request: pb.GetParameterSetRequest) -> pb.GetParameterSetResponse:
         return pb.GetParameterSetResponse(parameter_set=encode_description(self._engine.get(request.id).describe()))

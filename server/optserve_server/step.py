@@ -46,9 +46,8 @@ class StepStream:
                 if message.HasField("open"):
                     yield self._open(message.open)
                 if message.HasField("push"):
-                    if self._push is None:
-                        busy.enter_context(self._gate)
-                    self._begin(message.push)
+                    size = self._begin(message.push)
+                    busy.enter_context(self._gate.room(size))
                 if frame.payload is not None:
                     self._pushing("chunk").add(frame.payload.runs, frame.payload.buffer, replace=frame.payload.replace)
                 if message.commit:
@@ -74,7 +73,8 @@ class StepStream:
         )
         return Frame(StepResponse(opened=opened))
 
-    def _begin(self, message: step_pb2.Push) -> None:
+    def _begin(self, message: step_pb2.Push) -> int:
+        """Begin a push; returns the bytes that it will hold."""
         parameter_set, _ = self._opened("push")
         if self._push is not None:
             raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
@@ -86,6 +86,7 @@ class StepStream:
             base=decode_position(message.base) if message.HasField("base") else None,
             changes=decode_changes(message.hyperparameters),
         )
+        return self._push.nbytes
 
     def _commit(self, pull: step_pb2.Pull | None) -> Answers:
         parameter_set, session = self._opened("commit")

@@ -30,7 +30,7 @@ class OptimizerServiceStub(object):
     """The optimizer step as a service: holds parameters and optimizer state by id, applies updates to gradients.
 
     Every error carries, besides its status code and message, the trailing metadata key `optserve-reason` with a stable
-    name such as `TENSOR_MISMATCH`.
+    name such as `TENSOR_MISMATCH`. RESOURCE_EXHAUSTED also carries `grpc-retry-pushback-ms`.
     """
 
     def __init__(self, channel):
@@ -85,7 +85,7 @@ class OptimizerServiceServicer(object):
     """The optimizer step as a service: holds parameters and optimizer state by id, applies updates to gradients.
 
     Every error carries, besides its status code and message, the trailing metadata key `optserve-reason` with a stable
-    name such as `TENSOR_MISMATCH`.
+    name such as `TENSOR_MISMATCH`. RESOURCE_EXHAUSTED also carries `grpc-retry-pushback-ms`.
     """
 
     def CreateParameterSet(self, request_iterator, context):
@@ -149,7 +149,7 @@ class OptimizerServiceServicer(object):
         A push that is refused (INVALID_ARGUMENT kinds) is answered by a receipt and the stream goes on. The stream itself
         ends with: NOT_FOUND (no such set, or deleted), FAILED_PRECONDITION (message order, sequence gap), ABORTED (the
         session was taken over), INVALID_ARGUMENT (a sequence sent again with other gradients; ill-formed names or tensors),
-        RESOURCE_EXHAUSTED (too many streams), UNAVAILABLE (the server is draining).
+        RESOURCE_EXHAUSTED (too many streams, too many bytes in flight), UNAVAILABLE (the server is draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,7 +210,7 @@ class OptimizerService(object):
     """The optimizer step as a service: holds parameters and optimizer state by id, applies updates to gradients.
 
     Every error carries, besides its status code and message, the trailing metadata key `optserve-reason` with a stable
-    name such as `TENSOR_MISMATCH`.
+    name such as `TENSOR_MISMATCH`. RESOURCE_EXHAUSTED also carries `grpc-retry-pushback-ms`.
     """
 
     @staticmethod

@@ -49,6 +49,11 @@ class Push:
         self._staging = Staging([each.spec for each in declared], threads)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the tensors that it will hold, in bytes; 1 if there are none."""
+        return max(1, sum(tensor.spec.nbytes for tensor in self._staging.tensors))
+
+    @property
     def gradients(self) -> dict[int, StagedTensor]:
         """Staged gradients by the tensor's index in the set, in the set's order."""
         return {index: self._staging.tensors[k] for index, k in sorted(self._gradients.items())}
