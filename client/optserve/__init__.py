@@ -1,6 +1,7 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
 from optserve import optim
+from optserve._allocator import keep_freed_memory
 from optserve._client import Client
 from optserve._errors import (
     ClientClosed,
@@ -77,6 +78,7 @@ __all__ = [
     "TensorMismatch",
     "TensorSpec",
     "UnknownRule",
+    "keep_freed_memory",
     "optim",
 ]
 

@@ -28,8 +28,9 @@ REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
 MEMORY = ":memory:"
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", 16 << 20),  # chunks are 1 MiB; room for other servers' choice
+    ("grpc.max_receive_message_length", 16 << 20),  # chunks are 2 MiB; room for other servers' choice
     ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.http2.max_frame_size", 4 << 20),  # a chunk is one frame; measured, see docs/architecture.md
     ("grpc.keepalive_time_ms", 30_000),  # notice a peer that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),

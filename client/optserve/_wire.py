@@ -17,7 +17,7 @@ from optserve.v1.optimizer_service_pb2 import CreateParameterSetRequest
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve.v1.tensor_pb2 import Chunk, Segment
 
-CHUNK_BYTES = 1 << 20  # payload of a chunk that we send; measured, see docs/architecture.md
+CHUNK_BYTES = 2 << 20  # payload of a chunk that we send; measured, see docs/architecture.md
 
 M = TypeVar("M", CreateParameterSetRequest, StepRequest, StepResponse)
 Buffer = bytes | memoryview

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import optserve
 from optserve import optim
-from optserve_server import allocator, logs
+from optserve_server import logs
 from optserve_server.config import Config
 from optserve_server.server import Server
 
@@ -51,7 +51,7 @@ def serve(
     """Run a server until SIGTERM or Ctrl-C, then drain it."""
     with _reported(ValueError):
         logs.configure(log_level)
-    allocator.keep_freed_memory()
+    optserve.keep_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -67,7 +67,7 @@ class StagedTensor:
         merged = sorted([piece, *remains])
         if len(self.pieces) + len(merged) - len(overlapped) > self._most_pieces:
             raise InvalidChunk(
-                f"tensor {self.spec}: expected at most {self._most_pieces} segments; send longer ones (chunks of 1 MiB)"
+                f"tensor {self.spec}: expected at most {self._most_pieces} segments; send longer ones (chunks of 2 MiB)"
             )
         self.received += sum(part.size for part in merged) - sum(other.size for other in overlapped)
         self.pieces[first:last] = merged

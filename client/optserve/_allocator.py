@@ -16,6 +16,10 @@ _SETTINGS = {
 
 
 def keep_freed_memory() -> bool:
-    """Settle the process's allocator; whether it could be."""
+    """Make this whole process keep freed memory for its next large messages; whether the C library could be told so.
+
+    A worker that pulls 100 MB at a time gets them in about 0.7 of the time. The process's resident memory stays at its
+    highest. The server does this by itself.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(name, value) for name, value in _SETTINGS.items())
