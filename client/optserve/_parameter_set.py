@@ -163,6 +163,6 @@ class ParameterSet:
         if not gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
-        outgoing.declared()  # what can't travel is refused here, before anything is sent
+        _ = outgoing.declared  # what can't travel is refused here, before anything is sent
         encode_changes(outgoing.changes)
         return outgoing

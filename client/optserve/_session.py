@@ -4,6 +4,7 @@ Between attempts a push keeps its sequence. A new stream begins with the server 
 and with what receipt, so a push whose answer was lost is settled without sending its tensors again.
 """
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 Declared = list[tuple[TensorSpec, step_pb2.Role]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OutgoingPush:
     """What a worker pushes: C-contiguous arrays by name, and hyperparameters that change with it, by group."""
 
@@ -52,6 +53,7 @@ class OutgoingPush:
     parameters: Arrays
     changes: Mapping[str, Mapping[str, Any]]
 
+    @functools.cached_property
     def declared(self) -> Declared:
         """Specification and role of every array, in the order in which they are sent; raises InvalidTensor."""
         roles = ((self.gradients, step_pb2.ROLE_GRADIENT), (self.parameters, step_pb2.ROLE_PARAMETER))
@@ -261,7 +263,7 @@ class Session:
         message = step_pb2.Push(sequence=sequence, hyperparameters=encode_changes(push.changes))
         if self._base is not None:
             message.base.CopyFrom(encode_position(self._base))
-        declared = push.declared()
+        declared = push.declared
         if declared != self._declared:  # else as in this stream's push before
             for spec, (_, role) in zip(encode_tensors([spec for spec, _ in declared]), declared, strict=True):
                 message.tensors.append(step_pb2.PushedTensor(spec=spec, role=role))
