@@ -102,6 +102,24 @@ BAD = {
     "group with a value of no wire type": Bad(
         creating("bad/set", groups=[optim.Group("g", "w", lr=object())]), optserve.InvalidHyperparameter, "got object"
     ),
+    "hyperparameter named self": Bad(
+        pushing({"w": W}, hyperparameters={"default": {"self": 1.0}}), optserve.InvalidHyperparameter, "got 'self'"
+    ),
+    "hyperparameters without a group": Bad(
+        pushing({"w": W}, hyperparameters={"lr": 1.0}), optserve.InvalidHyperparameter, "by group and name.*'default'"
+    ),
+    "learning rate beyond float32": Bad(
+        pushing({"w": W}, hyperparameters={"default": {"lr": 1e39}}), optserve.InvalidHyperparameter, "computed in float32"
+    ),
+    "learning rate beyond float64": Bad(updating(lr=10**400), optserve.InvalidHyperparameter, "expected"),
+    "an array for gradients": Bad(pushing(W), optserve.InvalidTensor, "expected a mapping.*got ndarray"),  # type: ignore[arg-type]
+    "one tensor pulled twice": Bad(
+        lambda client, weights: weights.pull(tensors=["w", "w"]), optserve.TensorMismatch, "each tensor once"
+    ),
+    "optimizer without parentheses": Bad(
+        creating("bad/set", lambda: optim.Adam),  # type: ignore[arg-type, return-value]
+        optserve.InvalidHyperparameter, r"such as optim.Adam\(lr=1e-3\)",
+    ),
     "id that climbs": Bad(creating("../x"), optserve.InvalidName, "expected an id.*got '../x'"),
     "id with an empty component": Bad(creating("a//b"), optserve.InvalidName, "got 'a//b'"),
     "absolute id": Bad(creating("/etc/passwd"), optserve.InvalidName, "got '/etc/passwd'"),
@@ -197,6 +215,12 @@ def test_a_refused_push_leaves_a_legal_next_sequence(client: optserve.Client, ne
 def test_an_optimizer_refuses_values_where_it_is_built(build: Callable[[], object], message: str) -> None:
     with pytest.raises(optserve.InvalidHyperparameter, match=message):
         build()
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "http://localhost:1", "127.0.0.1:99999", "[::1", "host:abc"])
+def test_an_address_that_can_not_be_one_is_refused(address: str) -> None:
+    with pytest.raises(optserve.InvalidName, match="expected an address"):
+        optserve.Client(address)
 
 
 def test_an_unknown_rule_is_refused_with_a_suggestion() -> None:

@@ -283,6 +283,9 @@ CREATIONS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     "two tensors of one name": (
         [{"spec": True, "tensors": [tensor(), tensor()]}], "INVALID_ARGUMENT", "INVALID_TENSOR",
     ),
+    "set larger than the machine": (
+        [{"spec": True, "tensors": [tensor(size=2**46)]}], "INVALID_ARGUMENT", "INVALID_TENSOR",
+    ),
     "shape that overflows": ([{"spec": True, "tensors": [LYING]}], "INVALID_ARGUMENT", "INVALID_TENSOR"),
 }  # fmt: skip
 
@@ -316,6 +319,22 @@ def test_bytes_that_are_no_message_are_refused(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(step(iter([b"\xff" * 100])))
     assert refused(caught.value)[:2] == ("INVALID_ARGUMENT", "INVALID_CHUNK")
+
+
+def test_bytes_that_are_no_request_are_refused(channel: grpc.Channel) -> None:
+    describe = channel.unary_unary("/optserve.v1.OptimizerService/GetParameterSet")
+    with pytest.raises(grpc.RpcError) as caught:
+        describe(b"\xff" * 10)
+    assert refused(caught.value)[:2] == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
+
+
+def test_a_long_message_in_any_alphabet_arrives_as_what_it_is(
+    tcp_client: optserve.Client, new_id: Callable[[], str]
+) -> None:
+    names = {f"{k}{'語' * 500}": np.zeros(1, np.float32) for k in range(10)}
+    weights = tcp_client.create_parameter_set(new_id(), names, optim.SGD())
+    with pytest.raises(optserve.TensorMismatch):
+        weights.pull(tensors=["x"])
 
 
 def test_rules_are_listed_with_hyperparameters_defaults_and_documentation(stub: Stub) -> None:

@@ -101,6 +101,8 @@ def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_can_be_settl
         proxy.swallow_answers()
         with pytest.raises(optserve.OutcomeUnknown, match=r"push 2 .*settle\(\) finds out"):
             weights.push(ones)
+        with pytest.raises(optserve.DeadlineExceeded):  # still no answers: nothing is settled by that
+            weights.settle()
         proxy.cut()
         receipt = weights.settle()
         assert receipt is not None
@@ -108,6 +110,24 @@ def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_can_be_settl
         assert weights.settle() is None
         assert weights.push(ones).sequence == 3
     np.testing.assert_array_equal(direct.pull()["x"], np.full(4, 3, np.float32))
+
+
+def test_a_push_whose_session_was_lost_can_not_be_settled(
+    server: Server, tcp_client: optserve.Client, new_id: NewId
+) -> None:
+    direct = tcp_client.create_parameter_set(new_id(), {"x": [0.0]}, COUNTING)
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+        weights = client.parameter_set(direct.id, client_id="shared")
+        weights.push({"x": [1.0]})
+        proxy.swallow_answers()
+        with pytest.raises(optserve.OutcomeUnknown):
+            weights.push({"x": [1.0]})
+        proxy.cut()
+        tcp_client.parameter_set(direct.id, client_id="shared").pull()  # under a new epoch: the session is gone
+        weights.pull()
+        with pytest.raises(optserve.OutcomeUnknown, match="forgotten"):
+            weights.settle()
+        assert weights.settle() is None
 
 
 def test_a_push_that_never_arrived_settles_as_not_applied(

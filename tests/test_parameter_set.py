@@ -94,6 +94,15 @@ def test_groups_take_tensors_by_name_and_pattern_the_first_match_wins(client: op
     }
 
 
+def test_the_exact_name_of_a_tensor_means_that_tensor(client: optserve.Client, new_id: NewId) -> None:
+    tensors = {"a[0]": ones(1), "a0": ones(1)}
+    weights = client.create_parameter_set(
+        new_id(), tensors, optim.SGD(lr=1.0), groups=[optim.Group("g", "a[0]", lr=0.5)]
+    )
+    params = weights.step(tensors)
+    assert (params["a[0]"][0], params["a0"][0]) == (0.5, 0.0)
+
+
 def test_hyperparameters_change_live_for_everyone(client: optserve.Client, new_id: NewId) -> None:
     set_id = new_id()
     weights = client.create_parameter_set(set_id, {"w": ones(1)}, optim.SGD(lr=1.0))

@@ -59,7 +59,7 @@ def test_the_result_does_not_depend_on_chunks_or_their_order(array: Any, cuts: l
 def test_the_digest_tells_one_flipped_bit(array: Any, data: st.DataObject) -> None:
     other = array.copy()
     words = other.view(np.uint8)
-    words[data.draw(st.integers(0, words.size - 1))] ^= 1 << data.draw(st.integers(0, 3))
+    words[data.draw(st.integers(0, words.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
     one, two = stage(array, []), stage(other, [])
     try:
         one.finish()
@@ -67,6 +67,19 @@ def test_the_digest_tells_one_flipped_bit(array: Any, data: st.DataObject) -> No
     except NonFiniteValue:
         return
     assert one.digest() != two.digest()
+
+
+@given(tensors(), st.data())
+def test_the_digest_tells_flipped_signs(array: Any, data: st.DataObject) -> None:
+    flipped = data.draw(st.lists(st.integers(0, array.size - 1), min_size=1, max_size=6, unique=True))
+    array[array == 0] = 1
+    other = array.copy()
+    other[flipped] = -other[flipped]
+    one, two = stage(array, []), stage(other, [])
+    one.finish()
+    two.finish()
+    assert one.digest() != two.digest()
+    assert one.norm([0]) == two.norm([0])
 
 
 @given(tensors(), st.data())

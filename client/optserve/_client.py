@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from optserve._errors import InvalidHyperparameter
 from optserve._messages import decode_description, decode_position, decode_summary, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._results import Position, Summary
@@ -56,6 +57,8 @@ class Client:
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, NonFiniteValue, ParameterSetExists, or with
         `exist_ok` SpecificationMismatch.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
         spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))

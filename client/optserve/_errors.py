@@ -32,7 +32,7 @@ OptserveError
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-LONGEST_MESSAGE = 2000  # characters; status messages travel percent-encoded in metadata of 8 KB
+LONGEST_MESSAGE = 1500  # bytes; status messages travel percent-encoded, up to three for one, in metadata of 8 KB
 
 # Numbers of the gRPC status codes (https://grpc.io/docs/guides/status-codes), for refusals inside of messages.
 STATUS_NUMBERS = {
@@ -58,7 +58,7 @@ class OptserveError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ...")
+        super().__init__(_shortened(message))
 
     @classmethod
     def reason(cls) -> str:
@@ -200,6 +200,11 @@ class ClientClosed(OptserveError):
 
 class ServerError(OptserveError):
     """The server failed in a way that it did not expect; its log has the details."""
+
+
+def _shortened(message: str) -> str:
+    data = message.encode(errors="replace")
+    return message if len(data) <= LONGEST_MESSAGE else f"{data[:LONGEST_MESSAGE].decode(errors='ignore')} ..."
 
 
 @dataclass(frozen=True, slots=True)

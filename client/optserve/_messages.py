@@ -81,6 +81,10 @@ def decode_optimizer(message: optimizer_pb2.Optimizer) -> Optimizer:
 
 def encode_changes(changes: Mapping[str, Mapping[str, Any]]) -> list[optimizer_pb2.GroupHyperparameters]:
     """New hyperparameters by group and name as messages; raises InvalidHyperparameter."""
+    if not (isinstance(changes, Mapping) and all(isinstance(values, Mapping) for values in changes.values())):
+        raise InvalidHyperparameter(
+            f"expected hyperparameters by group and name, such as {{'default': {{'lr': 1e-4}}}}; got {changes!r}"
+        )
     return [
         optimizer_pb2.GroupHyperparameters(group=group, hyperparameters=encode_values(values))
         for group, values in changes.items()

@@ -160,9 +160,9 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
     ) -> OutgoingPush:
-        if not gradients:
-            raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
+        if not outgoing.gradients:
+            raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent
         encode_changes(outgoing.changes)
         return outgoing

@@ -102,7 +102,7 @@ class Session:
         self._epoch = 0
         self._last_sequence = 0
         self._last_receipt: Receipt | None = None
-        self._unsettled: int | None = None  # sequence of a push that was given up
+        self._unsettled: tuple[int, int] | None = None  # epoch and sequence of a push that was given up
         self._base = base
         self._latest = base  # position that the server last spoke of
         self._tensors: tuple[TensorSpec, ...] = ()
@@ -124,10 +124,13 @@ class Session:
         Also None if no push was given up since the last receipt.
         """
         with self._lock:
-            sequence, self._unsettled = self._unsettled, None
-            if sequence is None:
+            if self._unsettled is None:
                 return None
+            epoch, sequence = self._unsettled
             self._until_done(Exchange(None, None, sequence, sent=True))
+            self._unsettled = None
+            if self._epoch != epoch:
+                raise OutcomeUnknown(f"the server has forgotten the session of push {sequence} to {self._set_id!r}")
             return self._last_receipt if self._last_sequence >= sequence else None
 
     def position_at(self, version: int) -> Position | None:
@@ -231,7 +234,7 @@ class Session:
                     f"did not come within {self._timeout:g} s: pull them ({error})"
                 ) from error
             return
-        self._unsettled = exchange.sequence
+        self._unsettled = (self._epoch, exchange.sequence or 0)
         if isinstance(error, OptserveError) and (error.retryable or isinstance(error, DeadlineExceeded)):
             raise OutcomeUnknown(
                 f"push {exchange.sequence} to {self._set_id!r} was sent, but no receipt came within {self._timeout:g} s "

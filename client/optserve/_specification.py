@@ -3,6 +3,7 @@
 import enum
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -65,7 +66,7 @@ class TensorSpec:
             raise InvalidName(f"expected a tensor name of 1 to 512 printable characters; got {self.name!r}")
         if len(self.shape) > MAX_DIMENSIONS:
             raise InvalidTensor(f"expected at most {MAX_DIMENSIONS} dimensions; {self.name!r} has {len(self.shape)}")
-        if any(size < 0 for size in self.shape) or self.size > MAX_ELEMENTS:
+        if any(not 0 <= size <= MAX_ELEMENTS for size in self.shape) or self.size > MAX_ELEMENTS:
             raise InvalidTensor(f"expected 0 to 2**48 elements; {self.name!r} has shape {list(self.shape)}")
 
     @classmethod
@@ -117,7 +118,7 @@ class ParameterSetSpec:
             ("tensor", InvalidTensor, [tensor.name for tensor in self.tensors]),
             ("group", InvalidGroup, [group.name for group in self.groups]),
         ):
-            repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)[:10]
             if repeated:
                 raise error(f"expected unique {kind} names; {', '.join(map(repr, repeated))} came more than once")
 

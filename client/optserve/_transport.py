@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import re
 import threading
 import time
 import weakref
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import grpc
 from google.protobuf.message import Message
 
-from optserve._errors import ClientClosed, DeadlineExceeded, OptserveError, ServerUnavailable, error_from
+from optserve._errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidName,
+    OptserveError,
+    ServerError,
+    ServerUnavailable,
+    error_from,
+)
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
@@ -26,6 +35,7 @@ Outgoing = queue.SimpleQueue[Iterable[Frame[StepRequest]] | None]
 
 REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
 MEMORY = ":memory:"
+_ADDRESS = re.compile(r"unix:.+|(dns:(///)?)?([\w.-]+|\[[0-9a-fA-F:.%\w]+\]):(?P<port>\d{1,5})")
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 16 << 20),  # chunks are 2 MiB; room for other servers' choice
@@ -70,7 +80,11 @@ class Transport(Protocol):
 
 def connect(address: str) -> Transport:
     """The transport for an address: `host:port`, `unix:/path`, or `:memory:`."""
-    return MemoryTransport() if address == MEMORY else GrpcTransport(address)
+    if address == MEMORY:
+        return MemoryTransport()
+    if not _ADDRESS.fullmatch(address) or int(_ADDRESS.fullmatch(address)["port"] or 0) > 65535:  # type: ignore[index]
+        raise InvalidName(f"expected an address such as 'localhost:50051', 'unix:/path' or ':memory:'; got {address!r}")
+    return GrpcTransport(address)
 
 
 def typed(error: grpc.RpcError, address: str) -> OptserveError:
@@ -83,6 +97,8 @@ def typed(error: grpc.RpcError, address: str) -> OptserveError:
     reason = dict(cast("Iterable[tuple[str, str]]", error.trailing_metadata() or ())).get(REASON_KEY)
     if code is grpc.StatusCode.UNAVAILABLE and reason is None:
         return ServerUnavailable(f"{address}: {details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason is None:  # not ours: no promise that nothing was taken in
+        return ServerError(f"{address}: {details}")
     return error_from(code.name, reason, details)
 
 

@@ -67,7 +67,7 @@ class Hyperparameter:
             return tuple(self.check(f"{name}[{index}]", item, expected) for index, (item, expected) in pairs)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise InvalidHyperparameter(f"expected {name} to be a number; got {value!r}")
-        value = float(value)
+        value = _as_float(value)
         if not (math.isfinite(value) and self.minimum <= value < self.below):
             raise InvalidHyperparameter(
                 f"expected {name} to be finite, at least {self.minimum:g}"
@@ -115,7 +115,7 @@ class Optimizer:
         """All hyperparameters by name."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, /, **changes: Any) -> Self:
         """The same rule with some values changed; raises InvalidHyperparameter."""
         _check_names(type(self), changes)
         return dataclasses.replace(self, **changes)
@@ -379,7 +379,7 @@ class Group:
 
     DEFAULT: ClassVar[str] = "default"
 
-    def __init__(self, name: str, *tensors: str, **hyperparameters: Any) -> None:
+    def __init__(self, name: str, /, *tensors: str, **hyperparameters: Any) -> None:
         allowed = name.replace(".", "").replace("_", "").replace("-", "")
         if not (0 < len(name) <= 128 and allowed.isalnum() and allowed.isascii()) or name == self.DEFAULT:
             raise InvalidGroup(
@@ -400,6 +400,13 @@ class Group:
     def __repr__(self) -> str:
         arguments = [repr(self.name), *map(repr, self.tensors)]
         return f"Group({', '.join(arguments + [f'{name}={value!r}' for name, value in self.hyperparameters.items()])})"
+
+
+def _as_float(value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_names(optimizer: type[Optimizer], values: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from optserve._errors import OptserveError, ServerBusy
+from optserve._errors import OptserveError, ServerBusy, ServerError
 from optserve._transport import REASON_KEY
 
 log = structlog.get_logger()
@@ -66,4 +66,5 @@ def _abort(context: grpc.ServicerContext, method: str, error: Exception) -> NoRe
         context.set_trailing_metadata(((REASON_KEY, error.reason()), *hint))
         context.abort(grpc.StatusCode[error.code], str(error))
     log.error("call failed", method=method, exc_info=error)
+    context.set_trailing_metadata(((REASON_KEY, ServerError.reason()),))
     context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log has the details")

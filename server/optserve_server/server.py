@@ -8,9 +8,11 @@ from typing import Any, Self
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from optserve._errors import InvalidArgument
 from optserve._transport import SERVICE, serialize
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -155,11 +157,19 @@ def _handler(service: OptimizerService, method: Any) -> Any:
             None,
             serialize,
         )
+    kind = getattr(pb, method.input_type.name)
     return grpc.unary_unary_rpc_method_handler(
-        lambda request, context: service.call(name, request),
-        getattr(pb, method.input_type.name).FromString,
-        serialize,
+        lambda request, context: service.call(name, _parsed(kind, request)), None, serialize
     )
+
+
+def _parsed(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument(
+            f"expected a serialized {kind.DESCRIPTOR.full_name}; got {len(data)} other bytes"
+        ) from error
 
 
 def _frames(kind: Any, requests: Iterator[bytes]) -> Iterator[Frame[Any]]:

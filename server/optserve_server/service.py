@@ -1,5 +1,6 @@
 """The service: decode, call the engine, encode. Errors are raised; `interceptor` turns them into status codes."""
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -82,6 +83,7 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
+        self._engine.check_room(spec)
         with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.tensors))):
             values = self._receive(spec, first, frames)
             made, created = self._engine.create(spec, values, exist_ok=exist_ok)
@@ -92,7 +94,7 @@ class OptimizerService:
     ) -> Staging:
         """The initial values of a set, all of them."""
         values = self._engine.stage(spec.tensors if spec.holds is Holds.PARAMETERS else ())
-        for frame in (first, *frames) if first.payload else frames:
+        for frame in itertools.chain((first,), frames) if first.payload else frames:
             if frame is not first and frame.message.HasField("spec"):
                 raise MessageOrder("expected `spec` in the first message only")
             if frame.payload is None:

@@ -1,14 +1,17 @@
 """All parameter sets of a server, by id."""
 
 import itertools
+import os
 import secrets
 import threading
 from collections.abc import Sequence
 from typing import Self
 
-from optserve._errors import ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
+from optserve._errors import InvalidTensor, ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve_server.engine.arena import Layout
 from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
@@ -55,6 +58,16 @@ class Engine:
                     f"parameter set {spec.id!r} exists with other {name}: expected {expected}; got {came}"
                 )
         return present
+
+    def check_room(self, spec: ParameterSetSpec) -> None:
+        """Raises InvalidTensor for a set that could never fit into this machine's memory."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = Layout(spec.tensors).nbytes * (1 + len(rule_for(spec.optimizer).slots))
+        if needed > memory:
+            raise InvalidTensor(
+                f"parameter set {spec.id!r}: expected parameters and state to fit into {memory:,} bytes of memory; they "
+                f"take {needed:,}"
+            )
 
     def stage(self, tensors: Sequence[TensorSpec]) -> Staging:
         """Room for tensors on their way in."""

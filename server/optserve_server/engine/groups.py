@@ -23,27 +23,33 @@ class TensorGroup:
 def resolve(spec: ParameterSetSpec) -> tuple[TensorGroup, ...]:
     """A set's groups, `default` first; the first group that matches a tensor claims it. Raises InvalidGroup."""
     rule = rule_for(spec.optimizer)
-    claimed: dict[int, str] = {}
+    claimed: set[int] = set()
+    names = {tensor.name: k for k, tensor in enumerate(spec.tensors)}
+    members: dict[str, list[int]] = {Group.DEFAULT: []}
     for group in spec.groups:
+        found = members[group.name] = []
         for pattern in group.tensors:
-            matches = [k for k, tensor in enumerate(spec.tensors) if _matches(tensor.name, pattern)]
+            matches = _matches(names, pattern)
             if not matches:
-                names = ", ".join(tensor.name for tensor in spec.tensors[:10])
+                some = ", ".join(tensor.name for tensor in spec.tensors[:10])
                 raise InvalidGroup(
-                    f"group {group.name!r}: expected {pattern!r} to match a tensor; the set has {names}"
+                    f"group {group.name!r}: expected {pattern!r} to match a tensor; the set has {some}"
                     + (", ..." if len(spec.tensors) > 10 else "")
                 )
             for index in matches:
-                claimed.setdefault(index, group.name)
-        if group.name not in claimed.values():
+                if index not in claimed:
+                    claimed.add(index)
+                    found.append(index)
+        if not found:
             raise InvalidGroup(f"group {group.name!r}: every tensor that it matches belongs to an earlier group")
+    members[Group.DEFAULT] = [k for k in range(len(spec.tensors)) if k not in claimed]
     optimizers = {Group.DEFAULT: spec.optimizer}
     for group in spec.groups:
         optimizers[group.name] = changed(spec.optimizer, group.hyperparameters, rule)
     return tuple(
         TensorGroup(
             name,
-            tuple(k for k in range(len(spec.tensors)) if claimed.get(k, Group.DEFAULT) == name),
+            tuple(sorted(members[name])),
             optimizer,
         )
         for name, optimizer in optimizers.items()
@@ -85,5 +91,8 @@ def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule) -> Opti
     return new
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)
+def _matches(names: Mapping[str, int], pattern: str) -> list[int]:
+    """Indices of the tensors that a name or pattern means; a tensor's exact name means that tensor, whatever is in it."""
+    if pattern in names:
+        return [names[pattern]]
+    return [index for name, index in names.items() if fnmatchcase(name, pattern)]

@@ -133,6 +133,8 @@ def guard_loop(dtype: DType) -> Loop:
         plain, weighted = np.uint32(0), np.uint32(0)
         for i in range(words.size):
             value = np.uint32(words[i])
+            value = np.uint32(np.uint32(value ^ np.uint32(value >> 15)) * np.uint32(0x85EBCA6B))
+            value = np.uint32(value ^ np.uint32(value >> 13))  # mixed, lest flipped signs cancel in the sums
             plain = np.uint32(plain + value)
             weighted = np.uint32(weighted + np.uint32(value * np.uint32(2 * i + 1)))
         return plain, weighted

@@ -2,7 +2,7 @@
 
 import datetime
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -231,11 +231,12 @@ class ParameterSet:
             return replace(receipt, refusal=push.refusal)
         try:
             groups = change(self._groups, push.changes)
-            self._check_parameters(push, groups)
+            gradients, parameters = push.gradients, push.parameters
+            self._check_parameters(gradients, parameters, groups)
+            update = self._planner.plan(groups, gradients, parameters, self._steps, self._memory)
         except InvalidArgument as error:
             return replace(receipt, refusal=Refusal.of(error))
-        gradients = push.gradients
-        self._run(self._planner.plan(groups, gradients, push.parameters, self._steps, self._memory))
+        self._run(update)
         self._groups = groups
         self._position = replace(self._position, version=self._position.version + 1)
         self._snapshot = None
@@ -267,7 +268,9 @@ class ParameterSet:
             guard_loop(dtype)(nothing, np.empty(0), np.empty((0, 2), np.uint32))
             encode_loop(dtype)(nothing, self._parameters[dtype.compute])
 
-    def _check_parameters(self, push: Push, groups: tuple[TensorGroup, ...]) -> None:
+    def _check_parameters(
+        self, gradients: Container[int], parameters: Container[int], groups: tuple[TensorGroup, ...]
+    ) -> None:
         """In a set that holds moments only, weight decay needs the caller's parameters."""
         if self.spec.holds is Holds.PARAMETERS:
             return
@@ -275,7 +278,7 @@ class ParameterSet:
             if group.optimizer.hyperparameters["weight_decay"] == 0.0:
                 continue
             for index in group.members:
-                if index in push.gradients and index not in push.parameters:
+                if index in gradients and index not in parameters:
                     raise TensorMismatch(
                         f"set {self.spec.id!r} holds moments only and weight decay reads the parameters: expected those of "
                         f"{self.spec.tensors[index].name!r} beside its gradient; got none. Push parameters=..., or set "

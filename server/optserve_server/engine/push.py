@@ -114,7 +114,9 @@ def check_present(
     spec: ParameterSetSpec, indices: Mapping[str, int], present: Iterable[int], names: Iterable[str]
 ) -> None:
     """Raises TensorMismatch for a name that is not among the tensors that are present, given as indices."""
-    known = set(present)
+    known, names = set(present), list(names)
+    if len(set(names)) < len(names):
+        raise TensorMismatch(f"set {spec.id!r}: expected each tensor once in a pull; {len(names)} names came")
     for name in names:
         if indices.get(name) not in known:
             raise TensorMismatch(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import DType
+from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
@@ -58,7 +59,10 @@ class Planner:
         steps: NDArray[np.int64],
         memory: Sequence[Memory],
     ) -> Update:
-        """The update that these gradients make, by the tensor's index in the set; changes nothing."""
+        """The update that these gradients make, by the tensor's index in the set; changes nothing.
+
+        Raises InvalidHyperparameter for values that overflow the type that the update is computed in.
+        """
         rows: dict[tuple[int, int, Memory], int] = {}
         scalars: list[tuple[float, ...]] = []
         memories: dict[int, Memory] = {}
@@ -87,11 +91,17 @@ class Planner:
             work.loop(work.table, *work.arguments)
 
     def _work(self, dtype: DType, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
+        with np.errstate(over="ignore"):
+            values = np.array(scalars, dtype.compute)
+        if not np.isfinite(values).all():
+            raise InvalidHyperparameter(
+                f"expected hyperparameters whose update can be computed in {dtype.compute.name}; some overflow: {scalars[0]}"
+            )
         return Work(
             update_loop(self._rule, dtype, moments_only=self._moments_only),
             dtype,
             np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS),
-            (np.array(scalars, dtype.compute), *(arena[dtype.compute] for arena in self._arenas)),
+            (values, *(arena[dtype.compute] for arena in self._arenas)),
         )
 
 
