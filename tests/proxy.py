@@ -61,9 +61,13 @@ class Proxy:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
             except OSError:
                 return
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:  # the server is not there now, as after a restart
+                client.close()
+                continue
             self.connections += 1
             budget = Budget(self._limit() if self._limit else None)
             with self._lock:
