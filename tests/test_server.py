@@ -11,11 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import optserve
 from optserve import optim
+from optserve._messages import encode_spec
+from optserve._specification import ParameterSetSpec
+from optserve._wire import Frame
+from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import Config, Server
 from optserve_server.storage.directory import DataDirectory
 from processes import ServerProcess, running
@@ -84,6 +89,44 @@ def test_streams_beyond_the_limit_are_told_to_try_again() -> None:
         handles[0].close()
         with optserve.Client(server.address) as patient:
             assert patient.parameter_set("a").push(ONES).version == 3
+
+
+def test_uploads_that_say_nothing_more_leave_health_and_control_alone() -> None:
+    """Twenty creations that begin and never go on, where there is room for four: the rest are told to try again."""
+    begun = Frame(pb.CreateParameterSetRequest(spec=encode_spec(ParameterSetSpec("a", SPECS, optim.SGD())))).to_bytes()
+    never = threading.Event()
+
+    def stalled() -> Iterator[bytes]:
+        yield begun
+        never.wait()
+
+    with (
+        Server(Config(listen="127.0.0.1:0", max_streams=4)) as server,
+        optserve.Client(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        create = channel.stream_unary("/optserve.v1.OptimizerService/CreateParameterSet")
+        uploads = [create.future(stalled()) for _ in range(20)]
+        busy = [upload for upload in uploads if refused_at_once(upload)]
+        assert len(busy) >= 16
+        assert client.list_parameter_sets() == []
+        assert serving(server.address)
+        never.set()
+
+
+SPECS = (optserve.TensorSpec.of("x", np.zeros(3, np.float32)),)
+
+
+def refused_at_once(upload: Any) -> bool:
+    """Whether a call ended with RESOURCE_EXHAUSTED within some seconds; one that is held does not end."""
+    try:
+        return upload.exception(timeout=3).code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[no-any-return]
+    except grpc.FutureTimeoutError:
+        return False
+
+
+def serving(address: str) -> bool:
+    return optserve_command("health", "--address", address).returncode == 0
 
 
 def test_pushes_beyond_the_bytes_in_flight_wait_their_turn_and_none_is_lost() -> None:

@@ -100,7 +100,7 @@ def test_any_bytes_parse_as_protobuf_does_or_are_refused(message: Any, payload: 
 
 
 def test_parsing_does_not_copy_the_payload() -> None:
-    data = Frame(StepRequest(commit=True), Payload([Run(0, 0, 4)], [bytes(16)])).to_bytes()
+    data = Frame(StepRequest(commit=True), Payload([Run(0, 0, 1024)], [bytes(4096)])).to_bytes()
     frame = Frame.from_bytes(StepRequest, data)
     assert frame.payload is not None
     assert np.shares_memory(np.frombuffer(frame.payload.buffer, np.uint8), np.frombuffer(data, np.uint8))
@@ -134,3 +134,11 @@ def test_packing_covers_every_element_once_in_bounded_chunks(shapes: list[tuple[
 def test_garbage_is_refused_with_a_typed_error(kind: Any) -> None:
     with pytest.raises(InvalidChunk, match=f"optserve.v1.{kind.__name__}"):
         Frame.from_bytes(kind, b"\xff" * 40)
+
+
+def test_a_small_payload_does_not_keep_a_large_message_alive() -> None:
+    padding = Frame(StepRequest(pull=Pull(tensors=["x" * 100_000]))).to_bytes()
+    data = Frame(StepRequest(commit=True), Payload([Run(0, 0, 1)], [bytes(4)])).to_bytes() + padding
+    frame = Frame.from_bytes(StepRequest, data)
+    assert frame.payload is not None
+    assert not np.shares_memory(np.frombuffer(frame.payload.buffer, np.uint8), np.frombuffer(data, np.uint8))

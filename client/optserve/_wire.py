@@ -72,7 +72,10 @@ class Frame(Generic[M]):
             head, first, last = payload
             message = kind.FromString(b"".join((view[:outer], view[end:])))
             parsed = Chunk.FromString(b"".join((body[:head], body[last:])))
-            return cls(message, _payload(parsed, body[first:last]))
+            content = body[first:last]
+            if 2 * len(content) < len(data):  # a view would keep alive what is mostly not payload
+                return cls(message, _payload(parsed, bytes(content)))
+            return cls(message, _payload(parsed, content))
         except (DecodeError, _MalformedError) as error:
             raise InvalidChunk(
                 f"expected a serialized {kind.DESCRIPTOR.full_name}; got {len(data)} other bytes ({error})"

@@ -74,7 +74,10 @@ class OptimizerService:
             yield from StepStream(self._engine, self.pushes).serve(frames)
 
     def create_parameter_set(self, frames: CreationFrames) -> pb.CreateParameterSetResponse:
-        frames = iter(frames)
+        with self.streams.room():  # an upload is a stream, and occupies a thread as one
+            return self._create(iter(frames))
+
+    def _create(self, frames: Iterator[Frame[pb.CreateParameterSetRequest]]) -> pb.CreateParameterSetResponse:
         first = next(frames, None)
         if first is None or not first.message.HasField("spec"):
             raise MessageOrder("expected `spec` in the first message of CreateParameterSet")
