@@ -81,6 +81,11 @@ class Exchange:
     sent: bool = False
     receipt: Receipt | None = None
 
+    @property
+    def refused(self) -> bool:
+        """Whether the push was refused; a pull that came with it is then not answered."""
+        return self.receipt is not None and self.receipt.refusal is not None
+
 
 class Session:
     """The identity (set, client, epoch, sequence) and the stream that carries it. One call at a time; others wait.
@@ -209,9 +214,9 @@ class Session:
                 exchange.sent = sent_before
                 raise
             exchange.receipt = self._received(answer, exchange.sequence)
-        elif exchange.pull is not None and not (exchange.receipt is not None and exchange.receipt.refusal is not None):
+        elif exchange.pull is not None and not exchange.refused:
             stream.send(self._requests(None, exchange.pull, None))
-        if exchange.pull is None or (exchange.receipt is not None and exchange.receipt.refusal is not None):
+        if exchange.pull is None or exchange.refused:
             return exchange.receipt, None
         return exchange.receipt, self._receive_parameters(stream, answer, deadline, exchange.receipt)
 

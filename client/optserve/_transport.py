@@ -82,7 +82,8 @@ def connect(address: str) -> Transport:
     """The transport for an address: `host:port`, `unix:/path`, or `:memory:`."""
     if address == MEMORY:
         return MemoryTransport()
-    if not _ADDRESS.fullmatch(address) or int(_ADDRESS.fullmatch(address)["port"] or 0) > 65535:  # type: ignore[index]
+    matched = _ADDRESS.fullmatch(address)
+    if matched is None or int(matched["port"] or 0) > 65535:
         raise InvalidName(f"expected an address such as 'localhost:50051', 'unix:/path' or ':memory:'; got {address!r}")
     return GrpcTransport(address)
 

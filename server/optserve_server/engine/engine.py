@@ -5,7 +5,6 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
-from typing import Self
 
 from optserve._errors import InvalidTensor, ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
@@ -106,12 +105,6 @@ class Engine:
     def close(self) -> None:
         """Wait for running updates and end the threads."""
         self.threads.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _first_difference(expected: Sequence[TensorSpec], came: Sequence[TensorSpec]) -> tuple[str, str]:
