@@ -22,8 +22,15 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def tcp_client(server: Server) -> Iterator[optserve.Client]:
-    """A client of that server."""
-    with optserve.Client(server.address) as client:
+    """A client of that server whose tensors travel in messages."""
+    with optserve.Client(server.address, transport="stream") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def shared_memory_client(server: Server) -> Iterator[optserve.Client]:
+    """A client of that server whose tensors travel through shared memory."""
+    with optserve.Client(server.address, transport="shared_memory") as client:
         yield client
 
 
@@ -34,9 +41,9 @@ def memory_client() -> Iterator[optserve.Client]:
         yield client
 
 
-@pytest.fixture(params=["memory", "tcp"])
+@pytest.fixture(params=["memory", "tcp", "shared_memory"])
 def client(request: pytest.FixtureRequest) -> optserve.Client:
-    """Each of the two in turn."""
+    """Each of them in turn."""
     return request.getfixturevalue(f"{request.param}_client")  # type: ignore[no-any-return]
 
 

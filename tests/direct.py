@@ -51,11 +51,12 @@ class DirectSet:
 
     def pull(self) -> dict[str, Array]:
         """The parameters."""
-        snapshot = self.set.snapshot()
+        snapshot = self.set.snapshot(pinned=False)
+        assert snapshot is not None
         return {
             spec.name: snapshot.data[index].view(spec.dtype.array_dtype).reshape(spec.shape)
             for index, spec in enumerate(self.set.spec.tensors)
-            if index in snapshot.data
+            if index in snapshot.tensors
         }
 
     def _staged(self, tensors: Mapping[str, Array]) -> Staging:

@@ -65,15 +65,16 @@ def test_a_refusal_whose_answer_is_lost_is_the_same_refusal(
         assert not any(receipt.duplicate for receipt in receipts)
 
 
+@pytest.mark.parametrize(("transport", "most_bytes"), [("stream", 1_200_000), ("shared_memory", 2_500)])
 def test_steps_over_a_connection_that_breaks_anywhere_are_each_applied_once(
-    server: Server, tcp_client: optserve.Client, new_id: NewId
+    transport: str, most_bytes: int, server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     """Every connection carries a random number of bytes, so it breaks in requests, answers and handshakes alike."""
     size, pushes = 60_000, 40
     randomness = random.Random(0)
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(size, np.float32)}, COUNTING)
-    limit = lambda: randomness.randrange(1_000, 4 * size * 5)  # noqa: E731
-    with Proxy(server.address, limit) as proxy, optserve.Client(proxy.address) as client:
+    limit = lambda: randomness.randrange(1_000, most_bytes)  # noqa: E731
+    with Proxy(server.address, limit) as proxy, optserve.Client(proxy.address, transport=transport) as client:
         weights = client.parameter_set(direct.id)
         duplicates = 0
         for number in range(pushes):

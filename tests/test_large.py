@@ -22,7 +22,7 @@ def test_100_mb_each_way_travel_as_messages_of_at_most_one_chunk(monkeypatch: py
 
     monkeypatch.setattr(Frame, "to_bytes", recorded)
     size = 25_000_000
-    with Server(Config(listen="127.0.0.1:0")) as server, optserve.Client(server.address) as client:
+    with Server(Config(listen="127.0.0.1:0")) as server, optserve.Client(server.address, transport="stream") as client:
         weights = client.create_parameter_set("a", {"x": np.zeros(size, np.float32)}, optim.SGD(lr=1.0))
         params = weights.step({"x": np.ones(size, np.float32)})
     assert (params["x"] == -1).all()
@@ -36,7 +36,7 @@ def test_a_tensor_of_more_than_2_gib_steps() -> None:
     marked = np.unique(np.concatenate([[0, 2**29 - 1, 2**29, size - 1], rng.integers(0, size, 1000)]))
     gradient = np.zeros(size, np.float32)
     gradient[marked] = 1 + np.arange(marked.size)
-    with Server(Config(listen="127.0.0.1:0")) as server, optserve.Client(server.address) as client:
+    with Server(Config(listen="127.0.0.1:0")) as server, optserve.Client(server.address, transport="stream") as client:
         weights = client.create_parameter_set("a", {"x": np.zeros(size, np.float32)}, optim.SGD(lr=1.0, maximize=True))
         receipt = weights.push({"x": gradient})
         assert receipt.gradient_norm == pytest.approx(

@@ -79,7 +79,18 @@ def test_the_engine_and_storage_know_no_transport() -> None:
 
 def test_dependencies_point_one_way() -> None:
     """Engine ← storage ← service ← server ← command line; the SDK knows of the server only to run it in memory."""
-    ranks = {"engine": 0, "storage": 1, "gate": 1, "step": 2, "service": 3, "interceptor": 3, "config": 3, "server": 4}
+    ranks = {
+        "engine": 0,
+        "storage": 1,
+        "gate": 1,
+        "stalls": 1,
+        "shared_memory": 2,
+        "step": 2,
+        "service": 3,
+        "interceptor": 3,
+        "config": 3,
+        "server": 4,
+    }
     ranks |= {"logs": 4, "__init__": 5, "demo": 6, "cli": 7, "__main__": 8}
     package = ROOT / "server" / "optserve_server"
     for path in package.rglob("*.py"):

@@ -1,18 +1,37 @@
-"""A TCP socket that sends back what it gets: the same bytes both ways, and no work at all.
-
-`python -m benchmarks.peers.raw_echo BYTES` prints its address, then serves one connection until that ends.
-"""
+"""A TCP socket that sends back what it gets: the same bytes both ways, and no work at all."""
 
 import socket
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from benchmarks.peers.gradient import gradient
+from benchmarks.peers.process import spawned
 
 
-def main(size: int) -> None:
+@contextmanager
+def contender(size: int) -> Iterator[Callable[[], object]]:
+    """Send all bytes, then receive as many."""
+    there = gradient(size).data.cast("B")
+    back = memoryview(bytearray(len(there)))
+    with spawned(serve, len(there)) as server, socket.create_connection(server.recv()) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def step() -> memoryview:
+            connection.sendall(there)
+            receive(connection, back)
+            return back
+
+        yield step
+
+
+def serve(parent: Connection, size: int) -> None:
     """Receive `size` bytes, send them back, again and again."""
+    buffer = memoryview(bytearray(size))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        print(f"listening on 127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        parent.send(listener.getsockname())
         connection, _ = listener.accept()
-        buffer = memoryview(bytearray(size))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection:
             while receive(connection, buffer):
                 connection.sendall(buffer)
@@ -27,7 +46,3 @@ def receive(connection: socket.socket, buffer: memoryview) -> bool:
             return False
         received += count
     return True
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

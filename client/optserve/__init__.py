@@ -1,6 +1,6 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
-from optserve import optim
+from optserve import formats, optim
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
 from optserve._errors import (
@@ -9,6 +9,7 @@ from optserve._errors import (
     FailedPrecondition,
     InvalidArgument,
     InvalidChunk,
+    InvalidFormat,
     InvalidGroup,
     InvalidHyperparameter,
     InvalidName,
@@ -16,6 +17,7 @@ from optserve._errors import (
     MessageOrder,
     NoDataDirectory,
     NonFiniteValue,
+    NoSharedMemory,
     OptserveError,
     OutcomeUnknown,
     ParameterSetExists,
@@ -48,12 +50,14 @@ __all__ = [
     "Holds",
     "InvalidArgument",
     "InvalidChunk",
+    "InvalidFormat",
     "InvalidGroup",
     "InvalidHyperparameter",
     "InvalidName",
     "InvalidTensor",
     "MessageOrder",
     "NoDataDirectory",
+    "NoSharedMemory",
     "NonFiniteValue",
     "OptserveError",
     "OutcomeUnknown",
@@ -78,6 +82,7 @@ __all__ = [
     "TensorMismatch",
     "TensorSpec",
     "UnknownRule",
+    "formats",
     "keep_freed_memory",
     "optim",
 ]

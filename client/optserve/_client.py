@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optserve._errors import InvalidHyperparameter
+from optserve._choice import Choice, Via
+from optserve._errors import InvalidArgument, InvalidHyperparameter
 from optserve._messages import decode_description, decode_position, decode_summary, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._results import Position, Summary
@@ -16,6 +17,7 @@ from optserve._retry import retried
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
 from optserve._transport import connect
 from optserve._wire import Frame, bytes_of, pack
+from optserve.formats import BFloat16, Float16, Format
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
 
@@ -25,10 +27,15 @@ DEFAULT_TIMEOUT = 120.0  # seconds; long enough for a server to restart
 class Client:
     """A connection to a server at `host:port` or `unix:/path`, or to an engine in this process at `:memory:`.
 
-    `timeout`, in seconds, bounds every call, including the attempts after a lost connection. Threads may share a client.
+    `timeout`, in seconds, bounds every call, including the attempts after a lost connection. `transport` is how tensors
+    travel: "shared_memory", which needs a server on this host that runs as the same user, "stream", or "auto" for the first
+    of these that can be had. Threads may share a client.
     """
 
-    def __init__(self, address: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, address: str, *, timeout: float = DEFAULT_TIMEOUT, transport: str = "auto") -> None:
+        if transport not in {each.value for each in Via}:
+            raise InvalidArgument(f"expected transport to be 'auto', 'stream' or 'shared_memory'; got {transport!r}")
+        self._via = Via(transport)
         self._transport = connect(address)
         self._timeout = timeout
         self._handles: weakref.WeakSet[ParameterSet] = weakref.WeakSet()
@@ -47,35 +54,47 @@ class Client:
         holds: Holds | str = Holds.PARAMETERS,
         exist_ok: bool = False,
         client_id: str | None = None,
+        push_format: Format | None = None,
+        pull_format: BFloat16 | Float16 | None = None,
     ) -> ParameterSet:
         """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
 
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates. With
-        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` is as in
-        `parameter_set`.
+        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` and the
+        formats are as in `parameter_set`.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, NonFiniteValue, ParameterSetExists, or with
         `exist_ok` SpecificationMismatch.
         """
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
+        choice = Choice(self._via, push_format, pull_format)
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
         spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None
-        return self._handle(spec, client_id, base)
+        return self._handle(spec, client_id, choice, base)
 
-    def parameter_set(self, id: str, *, client_id: str | None = None) -> ParameterSet:
-        """A handle on an existing parameter set; raises ParameterSetNotFound.
+    def parameter_set(
+        self,
+        id: str,
+        *,
+        client_id: str | None = None,
+        push_format: Format | None = None,
+        pull_format: BFloat16 | Float16 | None = None,
+    ) -> ParameterSet:
+        """A handle on an existing parameter set; raises ParameterSetNotFound or InvalidFormat.
 
         `client_id` names the worker, unique among all; by default it is random. A worker that starts again under the same
-        name takes over from the one before.
+        name takes over from the one before. `push_format` and `pull_format`, from `optserve.formats`, are how this worker's
+        gradients and parameters travel if not as they are; with a format they go over the stream, not through shared memory.
         """
+        choice = Choice(self._via, push_format, pull_format)
         request = pb.GetParameterSetRequest(id=check_set_id(id))
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
-        return self._handle(decode_description(response.parameter_set).spec, client_id)
+        return self._handle(decode_description(response.parameter_set).spec, client_id, choice)
 
     def list_parameter_sets(self) -> list[Summary]:
         """All parameter sets on the server, ordered by id."""
@@ -95,10 +114,14 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _handle(self, spec: ParameterSetSpec, client_id: str | None, base: Position | None = None) -> ParameterSet:
+    def _handle(
+        self, spec: ParameterSetSpec, client_id: str | None, choice: Choice, base: Position | None = None
+    ) -> ParameterSet:
         client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
         moments_only = spec.holds is Holds.MOMENTS
-        handle = ParameterSet(self._transport, spec.id, client_id, self._timeout, moments_only=moments_only, base=base)
+        handle = ParameterSet(
+            self._transport, spec.id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
+        )
         self._handles.add(handle)
         return handle
 

@@ -22,6 +22,11 @@ class DType:
         return self.storage.itemsize
 
     @property
+    def is_half(self) -> bool:
+        """Whether elements are computed in a wider type than they travel in."""
+        return self.itemsize < self.compute.itemsize
+
+    @property
     def array_dtype(self) -> np.dtype[Any]:
         """The NumPy type that users see; bfloat16 needs the package ml_dtypes and raises InvalidTensor without it."""
         if self.name != "bfloat16":
@@ -50,3 +55,8 @@ def dtype_named(name: str) -> DType:
         return _BY_NAME[name]
     except KeyError:
         raise InvalidTensor(f"expected a dtype among {', '.join(_BY_NAME)}; got {name!r}") from None
+
+
+def narrowed(dtype: DType, wanted: DType | None) -> DType:
+    """What elements of a dtype travel as if a reader wants them no wider than `wanted`."""
+    return wanted if wanted is not None and wanted.itemsize < dtype.itemsize else dtype

@@ -6,6 +6,7 @@ OptserveError
 │   ├── InvalidTensor              a tensor's dtype, shape or initial values
 │   ├── InvalidGroup               a group of tensors
 │   ├── UnknownRule                no such optimizer
+│   ├── InvalidFormat              a wire format that does not exist, or does not fit
 │   ├── InvalidHyperparameter      unknown, of the wrong type, out of range, or fixed for life
 │   ├── TensorMismatch             a push or pull names what the set does not have
 │   ├── InvalidChunk               bytes that are truncated, overlap, or miss their tensor
@@ -17,7 +18,8 @@ OptserveError
 │   ├── SpecificationMismatch      the set exists and is a different one
 │   ├── SequenceGap                pushes are missing before this one
 │   ├── MessageOrder               a stream's messages came in an illegal order
-│   └── NoDataDirectory            stable storage was asked of a server that has none
+│   ├── NoDataDirectory            stable storage was asked of a server that has none
+│   └── NoSharedMemory             shared memory was asked of a server that can't be reached so
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
 ├── ServerUnavailable              no connection; the SDK tries again
@@ -88,6 +90,10 @@ class UnknownRule(InvalidArgument):
     """There is no optimizer of that name."""
 
 
+class InvalidFormat(InvalidArgument):
+    """A wire format is ill-formed, or does not fit where it was asked for."""
+
+
 class InvalidHyperparameter(InvalidArgument):
     """A hyperparameter is unknown, of the wrong type, out of range, or fixed for the life of its set."""
 
@@ -140,6 +146,10 @@ class MessageOrder(FailedPrecondition):
 
 class NoDataDirectory(FailedPrecondition):
     """Stable storage was asked of a server that runs without a data directory."""
+
+
+class NoSharedMemory(FailedPrecondition):
+    """Shared memory was asked for, but the server is on another host, belongs to another user, or has none left."""
 
 
 class SessionSuperseded(OptserveError):

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -10,9 +10,17 @@ from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from optserve._errors import STATUS_NUMBERS, InvalidArgument, InvalidHyperparameter, InvalidTensor, Refusal
 from optserve._results import Description, Durability, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2, tensor_pb2
 
+_ENCODINGS = {
+    type(None): tensor_pb2.ENCODING_UNSPECIFIED,
+    BFloat16: tensor_pb2.ENCODING_BFLOAT16,
+    Float16: tensor_pb2.ENCODING_FLOAT16,
+    Int8: tensor_pb2.ENCODING_INT8,
+    TopK: tensor_pb2.ENCODING_TOP_K,
+}
 _HOLDS = {Holds.PARAMETERS: parameter_set_pb2.HOLDS_PARAMETERS, Holds.MOMENTS: parameter_set_pb2.HOLDS_MOMENTS}
 
 _DTYPES = {
@@ -107,6 +115,38 @@ def encode_tensors(tensors: Sequence[TensorSpec]) -> list[tensor_pb2.TensorSpec]
 def decode_tensor(message: tensor_pb2.TensorSpec) -> TensorSpec:
     """A tensor's specification from its message; raises InvalidName or InvalidTensor."""
     return TensorSpec(message.name, _decode_dtype(message.dtype), tuple(message.shape))
+
+
+def encode_dtype(dtype: DType) -> tensor_pb2.DType:
+    """An element type's number."""
+    return _DTYPES[dtype]
+
+
+def decode_smaller_dtype(message: tensor_pb2.DType) -> DType | None:
+    """What a pull wants larger elements rounded to, if anything; raises InvalidTensor."""
+    if message == tensor_pb2.DTYPE_UNSPECIFIED:
+        return None
+    dtype = _decode_dtype(message)
+    if not dtype.is_half:
+        raise InvalidTensor(f"expected a pull's dtype to be bfloat16 or float16; got {dtype.name}")
+    return dtype
+
+
+def encode_format(format: Format | None) -> tuple[tensor_pb2.Encoding, float]:
+    """A format as its encoding and fraction."""
+    fraction = format.fraction if isinstance(format, TopK) else 0.0
+    return _ENCODINGS[type(format)], fraction
+
+
+def decode_format(encoding: tensor_pb2.Encoding, fraction: float) -> Format | None:
+    """A format from its encoding and fraction; raises InvalidArgument."""
+    kinds = {number: kind for kind, number in _ENCODINGS.items()}
+    if encoding not in kinds:
+        raise InvalidArgument(f"expected an encoding of 0 to {max(kinds)}; got {encoding}")
+    kind = kinds[encoding]
+    if kind is type(None):
+        return None
+    return TopK(fraction) if kind is TopK else cast("type[Format]", kind)()
 
 
 def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, overload
 
+import numpy as np
 from numpy.typing import ArrayLike
 
+from optserve._choice import Choice
+from optserve._compression import Compressor
 from optserve._errors import OutcomeUnknown, TensorMismatch
 from optserve._messages import decode_description, decode_position, encode_changes
 from optserve._results import Description, Parameters, Position, Receipt
@@ -33,12 +36,14 @@ class ParameterSet:
         client_id: str,
         timeout: float,
         *,
+        choice: Choice,
         moments_only: bool,
         base: Position | None = None,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
-        self._session = Session(transport, set_id, client_id, timeout, base)
+        self._session = Session(transport, set_id, client_id, timeout, choice, base)
+        self._compressor = Compressor(choice.push_format) if choice.push_format is not None else None
         self._moments_only = moments_only
         self.id = set_id
         self.client_id = client_id
@@ -53,16 +58,21 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
         tensors: Sequence[str] = (),
+        copy: bool = True,
     ) -> Parameters:
         """Push gradients and pull the result in one round trip; `.receipt` says what became of the push.
 
-        Arguments are those of `push` and `pull`. In a set that holds moments only, the result is what to add to the
-        parameters. Raises what `push` raises.
+        Arguments are those of `push` and `pull`. Without `copy`, the arrays are read-only and may lie in memory shared with
+        the server: they stay as they are until this handle's next step, push or pull, or until its connection ends. In a set
+        that holds moments only, the result is what to add to the parameters. Raises what `push` raises.
         """
         push = self._outgoing(gradients, parameters, hyperparameters)
-        receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors)))
+        receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors), copy=copy))
         assert receipt is not None
         assert pulled is not None
+        if not copy:
+            for array in pulled.values():
+                array.flags.writeable = False
         if self._moments_only and pulled.position.newer_than(receipt.position):
             raise OutcomeUnknown(
                 f"push {receipt.sequence} to {self.id!r} was applied as version {receipt.version}, but its updates were gone "
@@ -109,6 +119,14 @@ class ParameterSet:
             newer_than = newer_than.position
         _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than))
         return pulled
+
+    def gradient_buffers(self) -> dict[str, "np.ndarray[Any, Any]"]:
+        """An array for the gradient of each tensor, to be filled and given to `step` or `push`, which then copies nothing.
+
+        They lie in memory shared with the server, if it is on this host, and are this handle's own. After the connection
+        broke they still work, but are copied until this is called again.
+        """
+        return self._session.gradient_buffers()
 
     def settle(self) -> Receipt | None:
         """What became of the push for which OutcomeUnknown was raised: its receipt, or None if it was not applied.
@@ -160,7 +178,9 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
     ) -> OutgoingPush:
-        outgoing = OutgoingPush(as_arrays(gradients), as_arrays(parameters or {}), hyperparameters or {})
+        arrays = as_arrays(gradients)
+        compressed = self._compressor.begin(arrays) if self._compressor is not None else None
+        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed)
         if not outgoing.gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent

@@ -13,36 +13,41 @@ from typing import Any
 import numpy as np
 
 from optserve._buffers import Buffers
+from optserve._carriers import Chunks, Segments
+from optserve._choice import Choice, Via
+from optserve._compression import CompressedPush
 from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
-    InvalidChunk,
+    NoSharedMemory,
     OptserveError,
     OutcomeUnknown,
     RolledBack,
     ServerBusy,
     ServerDraining,
     ServerError,
-    TensorMismatch,
 )
 from optserve._messages import (
     decode_position,
     decode_receipt,
     decode_tensor,
     encode_changes,
+    encode_format,
     encode_position,
     encode_tensors,
 )
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
+from optserve._shared_memory import Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
-from optserve._wire import Frame, bytes_of, pack
+from optserve._wire import Frame
+from optserve.formats import Format
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
-Declared = list[tuple[TensorSpec, step_pb2.Role]]
+Arrays = dict[str, np.ndarray[Any, Any]]
+Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None]]
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,28 @@ class OutgoingPush:
     gradients: Arrays
     parameters: Arrays
     changes: Mapping[str, Mapping[str, Any]]
+    compressed: CompressedPush | None = None
 
     @functools.cached_property
     def declared(self) -> Declared:
-        """Specification and role of every array, in the order in which they are sent; raises InvalidTensor."""
-        roles = ((self.gradients, step_pb2.ROLE_GRADIENT), (self.parameters, step_pb2.ROLE_PARAMETER))
-        return [(TensorSpec.of(name, array), role) for arrays, role in roles for name, array in arrays.items()]
+        """Specification, role and format of every array, in the order in which they are sent; raises InvalidTensor."""
+        format = self.compressed.compressor.format if self.compressed is not None else None
+        return [
+            *((TensorSpec.of(name, array), step_pb2.ROLE_GRADIENT, format) for name, array in self.gradients.items()),
+            *((TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None) for name, array in self.parameters.items()),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class OutgoingPull:
-    """What a worker asks for: tensors in order (none: all), and from which position on (None: any)."""
+    """What a worker asks for: tensors in order (none: all), and from which position on (None: any).
+
+    Without `copy`, arrays may lie in shared memory and are valid until the next push or pull.
+    """
 
     tensors: tuple[str, ...] = ()
     newer_than: Position | None = None
+    copy: bool = True
 
 
 @dataclass(slots=True)
@@ -94,12 +107,19 @@ class Session:
     """
 
     def __init__(
-        self, transport: Transport, set_id: str, client_id: str, timeout: float, base: Position | None = None
+        self,
+        transport: Transport,
+        set_id: str,
+        client_id: str,
+        timeout: float,
+        choice: Choice,
+        base: Position | None = None,
     ) -> None:
         self._transport = transport
         self._set_id = set_id
         self._client_id = client_id
         self._timeout = timeout
+        self._choice = choice
         self._lock = threading.Lock()
         self._closed = False
         self._stream: Stream | None = None
@@ -108,10 +128,13 @@ class Session:
         self._last_sequence = 0
         self._last_receipt: Receipt | None = None
         self._unsettled: tuple[int, int] | None = None  # epoch and sequence of a push that was given up
+        self._uncertain: CompressedPush | None = None  # that push, if it will have left something unsaid
         self._base = base
         self._latest = base  # position that the server last spoke of
         self._tensors: tuple[TensorSpec, ...] = ()
         self._buffers = Buffers()
+        self._carrier: Chunks | None = None  # of this stream
+        self._gradients: dict[str, np.ndarray[Any, Any]] = {}
 
     def exchange(
         self, push: OutgoingPush | None, pull: OutgoingPull | None
@@ -119,6 +142,8 @@ class Session:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
+            if push is not None and push.compressed is not None and receipt is not None and receipt.applied:
+                push.compressed.applied()
         if receipt is not None and receipt.refusal is not None:
             raise receipt.refusal.error()
         return receipt, parameters
@@ -137,6 +162,18 @@ class Session:
             if self._epoch != epoch:
                 raise OutcomeUnknown(f"the server has forgotten the session of push {sequence} to {self._set_id!r}")
             return self._last_receipt if self._last_sequence >= sequence else None
+
+    def gradient_buffers(self) -> dict[str, np.ndarray[Any, Any]]:
+        """An array for the gradient of each tensor: in shared memory, if that is how they travel now."""
+        with self._lock:
+            self._until_done(Exchange(None, None))
+            assert self._carrier is not None
+            names = [spec.name for spec in self._tensors]
+            if self._carrier.gradients is not None:
+                return dict(zip(names, self._carrier.gradients, strict=True))
+            if not self._gradients:
+                self._gradients = dict(zip(names, Buffers().arrays(self._tensors), strict=True))
+            return self._gradients
 
     def position_at(self, version: int) -> Position | None:
         """A version in the history that this session last saw; None before it saw any."""
@@ -168,10 +205,31 @@ class Session:
             raise ClientClosed(f"the handle on {self._set_id!r} was closed")
         if self._stream is None:
             self._stream = self._transport.open()
-            opening = step_pb2.Open(parameter_set_id=self._set_id, client_id=self._client_id, epoch=self._epoch)
+            opening = step_pb2.Open(
+                parameter_set_id=self._set_id,
+                client_id=self._client_id,
+                epoch=self._epoch,
+                shared_memory=self._choice.shared_memory,
+            )
             self._stream.send([Frame(StepRequest(open=opening))])
-            self._adopt(self._stream.receive(deadline).message.opened, exchange)
+            opened = self._stream.receive(deadline).message.opened
+            self._adopt(opened, exchange)
+            self._carrier = self._carry(opened, self._stream)
         return self._stream
+
+    def _carry(self, opened: step_pb2.Opened, stream: Stream) -> Chunks:
+        """How tensors will travel on a new stream; raises NoSharedMemory if nothing else was allowed."""
+        try:
+            if opened.HasField("shared_memory"):
+                mappings = Mappings(opened.shared_memory, self._tensors)
+                release = functools.partial(stream.send, [Frame(StepRequest(release=True))])
+                return Segments(self._tensors, self._buffers, mappings, release)
+            if self._choice.transport is Via.SHARED_MEMORY:
+                raise NoSharedMemory(f"the server offers no shared memory for set {self._set_id!r}")
+        except NoSharedMemory:
+            if self._choice.transport is Via.SHARED_MEMORY:
+                raise
+        return Chunks(self._tensors, self._buffers, self._choice.pull_format)
 
     def _adopt(self, opened: step_pb2.Opened, exchange: Exchange) -> None:
         """Take over what the server knows of this session; raises RolledBack or OutcomeUnknown if it is too little."""
@@ -182,6 +240,11 @@ class Session:
         self._last_receipt = None
         if opened.HasField("last_receipt"):
             self._last_receipt = replace(decode_receipt(opened.last_receipt), duplicate=True)
+        if self._uncertain is not None and self._unsettled is not None and resumed:
+            sequence, receipt = self._unsettled[1], self._last_receipt
+            if receipt is not None and receipt.sequence == sequence and receipt.applied:
+                self._uncertain.applied()
+        self._uncertain = None
         self._tensors = tuple(map(decode_tensor, opened.tensors))
         self._declared = None
         replaced = before is not None and before.incarnation != position.incarnation
@@ -218,7 +281,7 @@ class Session:
             stream.send(self._requests(None, exchange.pull, None))
         if exchange.pull is None or exchange.refused:
             return exchange.receipt, None
-        return exchange.receipt, self._receive_parameters(stream, answer, deadline, exchange.receipt)
+        return exchange.receipt, self._receive_parameters(stream, answer, deadline, exchange)
 
     def _received(self, answer: Frame[StepResponse], sequence: int) -> Receipt:
         receipt = decode_receipt(answer.message.receipt)
@@ -240,6 +303,7 @@ class Session:
                 ) from error
             return
         self._unsettled = (self._epoch, exchange.sequence or 0)
+        self._uncertain = exchange.push.compressed
         if isinstance(error, OptserveError) and (error.retryable or isinstance(error, DeadlineExceeded)):
             raise OutcomeUnknown(
                 f"push {exchange.sequence} to {self._set_id!r} was sent, but no receipt came within {self._timeout:g} s "
@@ -250,21 +314,23 @@ class Session:
         self, push: OutgoingPush | None, pull: OutgoingPull | None, sequence: int | None
     ) -> Iterator[Frame[StepRequest]]:
         """The frames of one exchange; what is small rides with the first chunk and the last."""
+        assert self._carrier is not None
         frame = Frame(StepRequest())
         if push is not None:
             frame.message.push.CopyFrom(self._begin(push, sequence or 0))
-            arrays = [*push.gradients.values(), *push.parameters.values()]
-            for payload in pack((index, bytes_of(array), array.itemsize) for index, array in enumerate(arrays)):
+            for payload in self._carrier.payloads(push):
                 if frame.payload is not None:
                     yield frame
                     frame = Frame(StepRequest())
                 frame.payload = payload
             frame.message.commit = True
         if pull is not None:
-            asked = step_pb2.Pull(tensors=pull.tensors)
+            asked = frame.message.pull
+            asked.SetInParent()
+            asked.tensors.extend(pull.tensors)
+            self._carrier.ask(asked)
             if pull.newer_than is not None:
                 asked.newer_than.CopyFrom(encode_position(pull.newer_than))
-            frame.message.pull.CopyFrom(asked)
         yield frame
 
     def _begin(self, push: OutgoingPush, sequence: int) -> step_pb2.Push:
@@ -273,33 +339,30 @@ class Session:
             message.base.CopyFrom(encode_position(self._base))
         declared = push.declared
         if declared != self._declared:  # else as in this stream's push before
-            for spec, (_, role) in zip(encode_tensors([spec for spec, _ in declared]), declared, strict=True):
-                message.tensors.append(step_pb2.PushedTensor(spec=spec, role=role))
+            specs = encode_tensors([spec for spec, _, _ in declared])
+            for spec, (_, role, format) in zip(specs, declared, strict=True):
+                encoding, fraction = encode_format(format)
+                message.tensors.append(
+                    step_pb2.PushedTensor(spec=spec, role=role, encoding=encoding, fraction=fraction)
+                )
             self._declared = declared
         return message
 
     def _receive_parameters(
-        self, stream: Stream, answer: Frame[StepResponse] | None, deadline: float, receipt: Receipt | None
+        self, stream: Stream, answer: Frame[StepResponse] | None, deadline: float, exchange: Exchange
     ) -> Parameters | None:
+        assert self._carrier is not None
+        assert exchange.pull is not None
         if answer is None or not answer.message.HasField("parameters"):
             answer = stream.receive(deadline)
         header = answer.message.parameters
         position = decode_position(header.position)
         if header.unchanged:
             return None
-        specs = [self._tensors[index] for index in header.tensors]
-        arrays = self._buffers.arrays(specs)
-        remaining = sum(spec.size for spec in specs)
-        while True:
-            if answer.payload is not None:
-                remaining -= _copy(answer, arrays)
-            if answer.message.end:
-                break
-            answer = stream.receive(deadline)
-        if remaining:
-            raise InvalidChunk(f"expected every element of the pulled tensors; {remaining} did not come")
+        arrays = self._carrier.receive(header, _until_end(stream, answer, deadline), copy=exchange.pull.copy)
         self._base = self._latest = position
-        return Parameters({spec.name: array for spec, array in zip(specs, arrays, strict=True)}, position, receipt)
+        names = (self._tensors[index].name for index in header.tensors)
+        return Parameters(dict(zip(names, arrays, strict=True)), position, exchange.receipt)
 
     def _disconnect(self) -> None:
         """After an error the stream's state is not known; the next call opens another."""
@@ -308,18 +371,9 @@ class Session:
             self._stream = None
 
 
-def _copy(answer: Frame[StepResponse], arrays: list[np.ndarray[Any, Any]]) -> int:
-    """Copy a chunk into the arrays; returns the number of elements."""
-    assert answer.payload is not None
-    source = np.frombuffer(answer.payload.buffer, np.uint8)
-    begin = count = 0
-    for run in answer.payload.runs:
-        if run.tensor >= len(arrays) or run.offset + run.size > arrays[run.tensor].size:
-            raise TensorMismatch(f"the server sent elements outside of the pulled tensors: {run}")
-        itemsize = arrays[run.tensor].itemsize
-        target = (
-            arrays[run.tensor].reshape(-1).view(np.uint8)[run.offset * itemsize : (run.offset + run.size) * itemsize]
-        )
-        target[:] = source[begin : begin + target.size]
-        begin, count = begin + target.size, count + run.size
-    return count
+def _until_end(stream: Stream, answer: Frame[StepResponse], deadline: float) -> Iterator[Frame[StepResponse]]:
+    """An answer to a pull, message by message."""
+    yield answer
+    while not answer.message.end:
+        answer = stream.receive(deadline)
+        yield answer

@@ -32,11 +32,12 @@ _LENGTH_DELIMITED = 2  # wire type
 
 @dataclass(slots=True)
 class Payload:
-    """A chunk: runs of elements, and their bytes back to back in one or several buffers."""
+    """A chunk: runs of elements, and their bytes back to back in one or several buffers, or none: in shared memory."""
 
     runs: Sequence[Run]
     data: Sequence[Buffer]
     replace: bool = False
+    in_shared_memory: bool = False
 
     @property
     def buffer(self) -> Buffer:
@@ -128,9 +129,11 @@ class _MalformedError(ValueError):
 
 
 def _splice(plain: bytes, field: int, payload: Payload) -> bytes:
-    """A serialized message with its chunk put in where protobuf would: fields go by number, and `data` ends a chunk."""
+    """A serialized message with its chunk put in where protobuf would: fields go by number; `data`, if any, ends a chunk."""
     segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]
-    head = Chunk(segments=segments, replace=payload.replace).SerializeToString()
+    head = Chunk(
+        segments=segments, replace=payload.replace, in_shared_memory=payload.in_shared_memory
+    ).SerializeToString()
     size = sum(memoryview(buffer).nbytes for buffer in payload.data)
     if size:
         head += _prefix(_DATA_FIELD, size)
@@ -139,7 +142,8 @@ def _splice(plain: bytes, field: int, payload: Payload) -> bytes:
 
 
 def _payload(chunk: Chunk, data: Buffer) -> Payload:
-    return Payload([Run(each.tensor, each.offset, each.count) for each in chunk.segments], [data], chunk.replace)
+    runs = [Run(each.tensor, each.offset, each.count) for each in chunk.segments]
+    return Payload(runs, [data], chunk.replace, chunk.in_shared_memory)
 
 
 def _prefix(field: int, size: int) -> bytes:

@@ -15,7 +15,9 @@ class Config:
     listen beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps
     it in memory only. `threads` is how many run the update loops (None: one for each processor). `max_streams` bounds
     the workers connected at a time, each of which costs a thread; `max_bytes_in_flight` the gradients and initial values
-    that are being received at a time, beyond which workers are told to try again. `grace` is how many seconds pushes in
+    that are being received at a time, beyond which workers are told to try again. `max_shared_memory` bounds the bytes that
+    workers on this host may hold for gradients in memory shared with the server, beyond which, and with 0, they send
+    them. An upload that makes no progress for `upload_timeout` seconds is ended. `grace` is how many seconds pushes in
     flight get to finish on shutdown.
     """
 
@@ -24,6 +26,8 @@ class Config:
     threads: int | None = None
     max_streams: int = 1024
     max_bytes_in_flight: int = 4 << 30
+    max_shared_memory: int = 4 << 30
+    upload_timeout: float = 30.0
     grace: float = 30.0
 
     def __post_init__(self) -> None:
@@ -37,6 +41,10 @@ class Config:
             raise ValueError(f"expected room for at least one stream; got {self.max_streams}")
         if self.max_bytes_in_flight < 1:
             raise ValueError(f"expected room for at least one byte in flight; got {self.max_bytes_in_flight}")
+        if self.max_shared_memory < 0:
+            raise ValueError(f"expected room for at least 0 bytes of shared memory; got {self.max_shared_memory}")
+        if self.upload_timeout <= 0:
+            raise ValueError(f"expected an upload timeout above 0 seconds; got {self.upload_timeout}")
         if self.grace < 0:
             raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
 

@@ -16,11 +16,14 @@ from optserve._errors import InvalidArgument
 from optserve._transport import SERVICE, serialize
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2 as pb
-from optserve.v1.step_pb2 import StepRequest
+from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.config import Config
+from optserve_server.engine.buffers import private
 from optserve_server.engine.engine import Engine
 from optserve_server.interceptor import ErrorInterceptor
 from optserve_server.service import OptimizerService
+from optserve_server.shared_memory import SharedMemory, shareable
+from optserve_server.stalls import Stalls
 from optserve_server.storage.directory import DataDirectory
 
 log = structlog.get_logger()
@@ -48,8 +51,13 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         with ExitStack() as acquired:  # given back if this server can't be built
-            self._engine = Engine(config.threads)
+            self._shared_memory = SharedMemory(config.max_shared_memory) if config.max_shared_memory else None
+            if self._shared_memory is not None:
+                acquired.callback(self._shared_memory.close)
+            self._engine = Engine(config.threads, private if self._shared_memory is None else shareable)
             acquired.callback(self._engine.close)
+            self._stalls = Stalls(config.upload_timeout)
+            acquired.callback(self._stalls.close)
             self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
             if self._storage is not None:
                 acquired.callback(self._storage.close)
@@ -58,6 +66,7 @@ class Server:
                 self._storage,
                 max_streams=config.max_streams,
                 max_bytes_in_flight=config.max_bytes_in_flight,
+                shared_memory=self._shared_memory,
             )
             self._health = health.HealthServicer()
             self._grpc = self._build()
@@ -109,7 +118,7 @@ class Server:
             interceptors=[ErrorInterceptor()],
             options=OPTIONS,
         )
-        server.add_generic_rpc_handlers((_handlers(self._service),))
+        server.add_generic_rpc_handlers((_handlers(self._service, self._stalls),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -137,26 +146,29 @@ class Server:
             self._health.set(name, status)
 
 
-def _handlers(service: OptimizerService) -> grpc.GenericRpcHandler:
+def _handlers(service: OptimizerService, stalls: Stalls) -> grpc.GenericRpcHandler:
     """A gRPC handler for every method of the contract. Messages with chunks are parsed by `Frame`, not by gRPC, so that
     ill-formed bytes are refused like any other bad input."""
     return grpc.method_handlers_generic_handler(
-        SERVICE.full_name, {method.name: _handler(service, method) for method in SERVICE.methods}
+        SERVICE.full_name, {method.name: _handler(service, stalls, method) for method in SERVICE.methods}
     )
 
 
-def _handler(service: OptimizerService, method: Any) -> Any:
+def _handler(service: OptimizerService, stalls: Stalls, method: Any) -> Any:
     name = method.name
+
+    def step(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Frame[StepResponse]]:
+        with stalls.watch(context) as watch:
+            yield from service.step(_frames(StepRequest, requests), watch)
+
+    def upload(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        with stalls.watch(context) as watch:
+            return service.call(name, watch.over(_frames(pb.CreateParameterSetRequest, requests)))
+
     if method.server_streaming:
-        return grpc.stream_stream_rpc_method_handler(
-            lambda requests, context: service.step(_frames(StepRequest, requests)), None, Frame.to_bytes
-        )
+        return grpc.stream_stream_rpc_method_handler(step, None, Frame.to_bytes)
     if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(
-            lambda requests, context: service.call(name, _frames(pb.CreateParameterSetRequest, requests)),
-            None,
-            serialize,
-        )
+        return grpc.stream_unary_rpc_method_handler(upload, None, serialize)
     kind = getattr(pb, method.input_type.name)
     return grpc.unary_unary_rpc_method_handler(
         lambda request, context: service.call(name, _parsed(kind, request)), None, serialize

@@ -28,6 +28,8 @@ from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
+from optserve_server.shared_memory import SharedMemory
+from optserve_server.stalls import Watch
 from optserve_server.step import StepStream
 from optserve_server.storage.directory import DataDirectory
 
@@ -48,10 +50,12 @@ class OptimizerService:
         *,
         max_streams: int = sys.maxsize,
         max_bytes_in_flight: int = sys.maxsize,
+        shared_memory: SharedMemory | None = None,
     ) -> None:
         self._engine = engine
         self._storage = storage
         self._storing = threading.Lock()  # a checkpoint and a deletion of one set must not overtake each other
+        self._shared_memory = shared_memory
         self.streams = Gate("streams", max_streams)
         self.pushes = Gate("bytes of tensors in flight", max_bytes_in_flight)
         self._methods: dict[str, Callable[[Any], Any]] = {
@@ -68,10 +72,11 @@ class OptimizerService:
         """Call a method that has one answer, by its name in the contract."""
         return self._methods[method](request)
 
-    def step(self, frames: Iterator[Frame[StepRequest]]) -> Generator[Frame[StepResponse]]:
+    def step(self, frames: Iterator[Frame[StepRequest]], watch: Watch | None = None) -> Generator[Frame[StepResponse]]:
         """Serve one Step stream."""
         with self.streams.room():
-            yield from StepStream(self._engine, self.pushes).serve(frames)
+            stream = StepStream(self._engine, self.pushes, watch or Watch(), self._shared_memory)
+            yield from stream.serve(frames)
 
     def create_parameter_set(self, frames: CreationFrames) -> pb.CreateParameterSetResponse:
         with self.streams.room():  # an upload is a stream, and occupies a thread as one

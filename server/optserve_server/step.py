@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from optserve._errors import InvalidArgument, MessageOrder
+from optserve._dtypes import DType
+from optserve._errors import InvalidArgument, MessageOrder, ServerBusy, ServerUnavailable
 from optserve._messages import (
     decode_changes,
+    decode_format,
     decode_position,
+    decode_smaller_dtype,
     decode_tensor,
     encode_position,
     encode_receipt,
@@ -14,7 +17,7 @@ from optserve._messages import (
 )
 from optserve._results import Receipt
 from optserve._specification import check_client_id
-from optserve._wire import Frame, pack
+from optserve._wire import Frame, Payload, pack
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
@@ -23,6 +26,8 @@ from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.sessions import Session
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.gate import Gate
+from optserve_server.shared_memory import Attachment, Segment, SharedMemory
+from optserve_server.stalls import Watch
 
 Answers = Iterator[Frame[StepResponse]]
 
@@ -30,36 +35,45 @@ Answers = Iterator[Frame[StepResponse]]
 class StepStream:
     """The state of one stream. A push occupies the gate from its first message to its last answer."""
 
-    def __init__(self, engine: Engine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate, watch: Watch, shared_memory: SharedMemory | None) -> None:
         self._engine = engine
         self._gate = gate
+        self._watch = watch
+        self._shared_memory = shared_memory
         self._set: ParameterSet | None = None
         self._session: Session | None = None
+        self._attachment: Attachment | None = None
         self._push: Push | None = None
         self._declared: Sequence[Declared] = ()
+        self._held: Snapshot | None = None  # what the worker reads in shared memory
 
     def serve(self, frames: Iterator[Frame[StepRequest]]) -> Answers:
         """Answer frames until they end."""
-        with ExitStack() as busy:
+        with ExitStack() as lasting, ExitStack() as busy:
+            lasting.callback(self._let_go)
             for frame in frames:
                 message = frame.message
                 if message.HasField("open"):
-                    yield self._open(message.open)
+                    yield self._open(message.open, lasting)
                 if message.HasField("push"):
-                    size = self._begin(message.push)
-                    busy.enter_context(self._gate.room(size))
+                    busy.enter_context(self._gate.room(self._begin(message.push)))
                 if frame.payload is not None:
-                    self._pushing("chunk").add(frame.payload.runs, frame.payload.buffer, replace=frame.payload.replace)
+                    self._add(frame.payload)
                 if message.commit:
+                    self._watch.rest()
                     yield from self._commit(message.pull if message.HasField("pull") else None)
                     busy.close()
                 elif message.HasField("pull"):
                     parameter_set, _ = self._opened("pull")
                     if self._push is not None:
                         raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `pull`")
-                    yield from _answer_pull(parameter_set, parameter_set.snapshot(), message.pull)
+                    yield from self._answer(parameter_set, message.pull)
+                elif self._push is not None:
+                    self._watch.progress()
+                if message.release:
+                    self._let_go()
 
-    def _open(self, message: step_pb2.Open) -> Frame[StepResponse]:
+    def _open(self, message: step_pb2.Open, lasting: ExitStack) -> Frame[StepResponse]:
         if self._set is not None:
             raise MessageOrder("expected `open` once, in a stream's first message; got it again")
         self._set = self._engine.get(message.parameter_set_id)
@@ -71,6 +85,9 @@ class StepStream:
             position=encode_position(self._set.position),
             tensors=encode_tensors(self._set.spec.tensors),
         )
+        if message.shared_memory and self._shared_memory is not None:
+            self._attachment = lasting.enter_context(self._shared_memory.attached(self._set))
+            opened.shared_memory.CopyFrom(self._attachment.offer)
         return Frame(StepResponse(opened=opened))
 
     def _begin(self, message: step_pb2.Push) -> int:
@@ -88,16 +105,88 @@ class StepStream:
         )
         return self._push.nbytes
 
+    def _add(self, payload: Payload) -> None:
+        push = self._pushing("chunk")
+        if not payload.in_shared_memory:
+            push.add(payload.runs, payload.buffer, replace=payload.replace)
+        elif self._attachment is None or self._attachment.gradients is None:
+            raise MessageOrder("expected chunks with their elements: this stream shares no memory with the server")
+        else:
+            memory = self._attachment.gradients.array
+            push.add_shared(payload.runs, memory, self._attachment.offsets, replace=payload.replace)
+
     def _commit(self, pull: step_pb2.Pull | None) -> Answers:
         parameter_set, session = self._opened("commit")
         push = self._pushing("commit")
         push.finish(pull.tensors if pull is not None else ())
-        receipt, snapshot = parameter_set.push(session, self, push, pull=pull is not None)
+        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None
+        receipt, snapshot = parameter_set.push(session, self, push, pull=pinned, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
-        if pull is None or snapshot is None:
+        if pull is None or not receipt.applied:
             yield Frame(StepResponse(receipt=encode_receipt(receipt)))
         else:
-            yield from _answer_pull(parameter_set, snapshot, pull, receipt)
+            yield from self._answer(parameter_set, pull, receipt, snapshot)
+
+    def _answer(
+        self,
+        parameter_set: ParameterSet,
+        pull: step_pb2.Pull,
+        receipt: Receipt | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> Answers:
+        """Answer a pull; the receipt, if any, rides with the first message, and `end` with the last."""
+        frame = Frame(StepResponse())
+        if receipt is not None:
+            frame.message.receipt.CopyFrom(encode_receipt(receipt))
+        position = parameter_set.position
+        if pull.HasField("newer_than") and not position.newer_than(decode_position(pull.newer_than)):
+            frame.message.parameters.position.CopyFrom(encode_position(position))
+            frame.message.parameters.unchanged = frame.message.end = True
+            yield frame
+            return
+        with ExitStack() as reading:
+            if snapshot is None:
+                snapshot = self._snapshot(parameter_set, decode_smaller_dtype(pull.dtype), reading)
+            reading.callback(parameter_set.release, snapshot)
+            frame.message.parameters.position.CopyFrom(encode_position(snapshot.position))
+            indices = snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
+            frame.message.parameters.tensors.extend(indices)
+            segment = snapshot.buffer.memory.segment if snapshot.buffer is not None else None
+            if pull.in_shared_memory and self._attachment is not None and isinstance(segment, Segment):
+                frame.message.parameters.segment = segment.number
+                self._let_go()
+                self._held = snapshot
+                reading.pop_all()
+            else:
+                tensors = (
+                    (k, snapshot.data[index].data, snapshot.dtypes[index].itemsize) for k, index in enumerate(indices)
+                )
+                for payload in pack(tensors):
+                    if frame.payload is not None:
+                        yield frame
+                        frame = Frame(StepResponse())
+                    frame.payload = payload
+            frame.message.end = True
+            yield frame
+
+    def _snapshot(self, parameter_set: ParameterSet, dtype: DType | None, reading: ExitStack) -> Snapshot:
+        """What the set has now; a copy of it is counted as bytes in flight as long as it is read."""
+        snapshot = parameter_set.snapshot() if dtype is None else None
+        if snapshot is not None:
+            return snapshot
+        try:
+            reading.enter_context(self._gate.room(parameter_set.snapshot_nbytes(dtype)))
+        except ServerBusy as error:  # but this must not read as if nothing had been taken in
+            raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
+        copied = parameter_set.snapshot(pinned=False, dtype=dtype)
+        assert copied is not None
+        return copied
+
+    def _let_go(self) -> None:
+        """What the worker held in shared memory may change."""
+        if self._set is not None and self._held is not None:
+            self._set.release(self._held)
+            self._held = None
 
     def _opened(self, what: str) -> tuple[ParameterSet, Session]:
         if self._set is None or self._session is None:
@@ -113,27 +202,8 @@ class StepStream:
 def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
     if message.role not in (step_pb2.ROLE_UNSPECIFIED, step_pb2.ROLE_GRADIENT, step_pb2.ROLE_PARAMETER):
         raise InvalidArgument(f"expected a role of 0, 1 or 2; got {message.role}")
-    return Declared(decode_tensor(message.spec), message.role == step_pb2.ROLE_PARAMETER)
-
-
-def _answer_pull(
-    parameter_set: ParameterSet, snapshot: Snapshot, pull: step_pb2.Pull, receipt: Receipt | None = None
-) -> Answers:
-    """Send a snapshot; the receipt, if any, rides with the first chunk, and `end` with the last."""
-    frame = Frame(StepResponse(parameters=step_pb2.Parameters(position=encode_position(snapshot.position))))
-    if receipt is not None:
-        frame.message.receipt.CopyFrom(encode_receipt(receipt))
-    specs = parameter_set.spec.tensors
-    if pull.HasField("newer_than") and not snapshot.position.newer_than(decode_position(pull.newer_than)):
-        frame.message.parameters.unchanged = True
-    else:
-        indices = snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
-        frame.message.parameters.tensors.extend(indices)
-        tensors = ((k, snapshot.data[index].data, specs[index].dtype.itemsize) for k, index in enumerate(indices))
-        for payload in pack(tensors):
-            if frame.payload is not None:
-                yield frame
-                frame = Frame(StepResponse())
-            frame.payload = payload
-    frame.message.end = True
-    yield frame
+    return Declared(
+        decode_tensor(message.spec),
+        message.role == step_pb2.ROLE_PARAMETER,
+        decode_format(message.encoding, message.fraction),
+    )

@@ -20,18 +20,20 @@ ROLE_GRADIENT: Role
 ROLE_PARAMETER: Role
 
 class StepRequest(_message.Message):
-    __slots__ = ("open", "push", "chunk", "commit", "pull")
+    __slots__ = ("open", "push", "chunk", "commit", "pull", "release")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     push: Push
     chunk: _tensor_pb2.Chunk
     commit: bool
     pull: Pull
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
+    release: bool
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., release: bool = ...) -> None: ...
 
 class StepResponse(_message.Message):
     __slots__ = ("opened", "receipt", "parameters", "chunk", "end")
@@ -48,36 +50,58 @@ class StepResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., end: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("parameter_set_id", "client_id", "epoch")
+    __slots__ = ("parameter_set_id", "client_id", "epoch", "shared_memory")
     PARAMETER_SET_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     parameter_set_id: str
     client_id: str
     epoch: int
-    def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    shared_memory: bool
+    def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ..., shared_memory: bool = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("socket", "token", "gradient_segment", "gradient_offsets", "parameter_offsets")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    token: bytes
+    gradient_segment: int
+    gradient_offsets: _containers.RepeatedScalarFieldContainer[int]
+    parameter_offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, socket: _Optional[str] = ..., token: _Optional[bytes] = ..., gradient_segment: _Optional[int] = ..., gradient_offsets: _Optional[_Iterable[int]] = ..., parameter_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors")
+    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors", "shared_memory")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAST_RECEIPT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last_sequence: int
     last_receipt: Receipt
     position: _parameter_set_pb2.Position
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
-    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ...) -> None: ...
+    shared_memory: SharedMemory
+    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class PushedTensor(_message.Message):
-    __slots__ = ("spec", "role")
+    __slots__ = ("spec", "role", "encoding", "fraction")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
     spec: _tensor_pb2.TensorSpec
     role: Role
-    def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ...) -> None: ...
+    encoding: _tensor_pb2.Encoding
+    fraction: float
+    def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., encoding: _Optional[_Union[_tensor_pb2.Encoding, str]] = ..., fraction: _Optional[float] = ...) -> None: ...
 
 class Push(_message.Message):
     __slots__ = ("sequence", "base", "tensors", "hyperparameters")
@@ -131,19 +155,25 @@ class Receipt(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., applied: bool = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Pull(_message.Message):
-    __slots__ = ("newer_than", "tensors")
+    __slots__ = ("newer_than", "tensors", "dtype", "in_shared_memory")
     NEWER_THAN_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     newer_than: _parameter_set_pb2.Position
     tensors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ...) -> None: ...
+    dtype: _tensor_pb2.DType
+    in_shared_memory: bool
+    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., in_shared_memory: bool = ...) -> None: ...
 
 class Parameters(_message.Message):
-    __slots__ = ("position", "unchanged", "tensors")
+    __slots__ = ("position", "unchanged", "tensors", "segment")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     position: _parameter_set_pb2.Position
     unchanged: bool
     tensors: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., unchanged: bool = ..., tensors: _Optional[_Iterable[int]] = ...) -> None: ...
+    segment: int
+    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., unchanged: bool = ..., tensors: _Optional[_Iterable[int]] = ..., segment: _Optional[int] = ...) -> None: ...

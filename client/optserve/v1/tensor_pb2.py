@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optserve/v1/tensor.proto\x12\x0boptserve.v1\"L\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05\x64type\x18\x02 \x01(\x0e\x32\x12.optserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\"8\n\x07Segment\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"N\n\x05\x43hunk\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.optserve.v1.Segment\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*k\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optserve/v1/tensor.proto\x12\x0boptserve.v1\"L\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05\x64type\x18\x02 \x01(\x0e\x32\x12.optserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\"8\n\x07Segment\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"h\n\x05\x43hunk\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.optserve.v1.Segment\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x18\n\x10in_shared_memory\x18\x04 \x01(\x08*k\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT16\x10\x04*x\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NCODING_BFLOAT16\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x12\n\x0e\x45NCODING_TOP_K\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=257
-  _globals['_DTYPE']._serialized_end=364
+  _globals['_DTYPE']._serialized_start=283
+  _globals['_DTYPE']._serialized_end=390
+  _globals['_ENCODING']._serialized_start=392
+  _globals['_ENCODING']._serialized_end=512
   _globals['_TENSORSPEC']._serialized_start=41
   _globals['_TENSORSPEC']._serialized_end=117
   _globals['_SEGMENT']._serialized_start=119
   _globals['_SEGMENT']._serialized_end=175
   _globals['_CHUNK']._serialized_start=177
-  _globals['_CHUNK']._serialized_end=255
+  _globals['_CHUNK']._serialized_end=281
 # @@protoc_insertion_point(module_scope)

@@ -14,11 +14,24 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT64: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT16: _ClassVar[DType]
+
+class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENCODING_UNSPECIFIED: _ClassVar[Encoding]
+    ENCODING_BFLOAT16: _ClassVar[Encoding]
+    ENCODING_FLOAT16: _ClassVar[Encoding]
+    ENCODING_INT8: _ClassVar[Encoding]
+    ENCODING_TOP_K: _ClassVar[Encoding]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_FLOAT64: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
+ENCODING_UNSPECIFIED: Encoding
+ENCODING_BFLOAT16: Encoding
+ENCODING_FLOAT16: Encoding
+ENCODING_INT8: Encoding
+ENCODING_TOP_K: Encoding
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -41,11 +54,13 @@ class Segment(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., offset: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("segments", "replace", "data")
+    __slots__ = ("segments", "replace", "data", "in_shared_memory")
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     replace: bool
     data: bytes
-    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., replace: bool = ..., data: _Optional[bytes] = ...) -> None: ...
+    in_shared_memory: bool
+    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., replace: bool = ..., data: _Optional[bytes] = ..., in_shared_memory: bool = ...) -> None: ...

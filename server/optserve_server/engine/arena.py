@@ -1,5 +1,6 @@
 """Arenas: every tensor of a set, one after the other, in contiguous 64-byte-aligned memory."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,7 @@ class Layout:
             compute = tensor.dtype.compute
             start = self.sizes.get(compute, 0)
             self.places.append(Place(compute, start, tensor.size))
-            grain = ALIGNMENT // compute.itemsize
-            self.sizes[compute] = start + -(-tensor.size // grain) * grain
+            self.sizes[compute] = start + padded(tensor.size * compute.itemsize) // compute.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +44,32 @@ class Layout:
 
     def allocate(self, fill: float = 0.0) -> Arena:
         """A new arena."""
-        arena = {compute: aligned(size * compute.itemsize).view(compute) for compute, size in self.sizes.items()}
+        arena = self.view(aligned(self.nbytes))
         if fill:
             for array in arena.values():
                 array.fill(fill)
         return arena
+
+    def view(self, memory: NDArray[np.uint8]) -> Arena:
+        """An arena in memory that is there already."""
+        return {
+            compute: memory[start : start + self.sizes[compute] * compute.itemsize].view(compute)
+            for compute, start in self._starts().items()
+        }
+
+    def offset(self, index: int) -> int:
+        """Where a tensor begins in an arena's memory, in bytes."""
+        place = self.places[index]
+        return self._starts()[place.compute] + place.start * place.compute.itemsize
+
+    def _starts(self) -> dict[ComputeType, int]:
+        ends = itertools.accumulate((size * compute.itemsize for compute, size in self.sizes.items()), initial=0)
+        return dict(zip(self.sizes, ends, strict=False))
+
+
+def padded(nbytes: int) -> int:
+    """Bytes up to the next boundary of alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def copy(arena: Arena) -> Arena:

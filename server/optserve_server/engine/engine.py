@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from optserve._errors import InvalidTensor, ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve_server.engine.arena import Layout
+from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
@@ -17,9 +18,10 @@ from optserve_server.engine.threads import Threads
 
 
 class Engine:
-    """Parameter sets by id, and the threads that update them."""
+    """Parameter sets by id, the threads that update them, and where their parameters' memory comes from."""
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, allocate: Allocate = private) -> None:
+        self._allocate = allocate
         self.threads = Threads(threads)
         self._sets: dict[str, ParameterSet] = {}
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class Engine:
     def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
         """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
         try:
-            created = ParameterSet(spec, incarnation=_new_incarnation(), threads=self.threads)
+            created = ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
         except MemoryError:
             raise ServerBusy(
                 f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"
@@ -90,7 +92,7 @@ class Engine:
 
     def restore(self, state: State) -> ParameterSet:
         """A set as it was captured, in a new incarnation."""
-        restored = ParameterSet(state.spec, incarnation=_new_incarnation(), threads=self.threads)
+        restored = ParameterSet(state.spec, _new_incarnation(), self.threads, self._allocate)
         restored.restore(state)
         with self._lock:
             self._sets[state.spec.id] = restored

@@ -37,33 +37,39 @@ def pointer(typing_context: Any, address: Any, dtype: Any) -> Any:
     return target(address, dtype), generate
 
 
-# Columns of an update's table of ranges: first element and count in the arena, row of `scalars`, then the addresses of the
-# gradient and, for sets that hold moments only, of the caller's parameters.
-UPDATE_COLUMNS = 5
+# Columns of an update's table of ranges: first element and count in the arena, row of `scalars`, the addresses of the
+# gradient and, for sets that hold moments only, of the caller's parameters; and whether to start from `before`.
+UPDATE_COLUMNS = 6
 
+# What starts from `before` is copied a block at a time, and found in the cache: one loop serves updates in place and others.
 _UPDATE = """\
-def update(ranges, scalars, parameters{slots}):
+def update(ranges, scalars, before, parameters{slots}):
     for r in range(len(ranges)):
-        start, count, row = ranges[r, 0], ranges[r, 1], ranges[r, 2]
-        gradient = carray(pointer(ranges[r, 3], bits), count)
+        start, end, row = ranges[r, 0], ranges[r, 0] + ranges[r, 1], ranges[r, 2]
+        gradients = carray(pointer(ranges[r, 3], bits), ranges[r, 1])
         {prepared} = {prepared_values}
         h = Scalars({values})
-        p = parameters[start : start + count]
+        for first in range(start, end, BLOCK):
+            last = min(first + BLOCK, end)
+            gradient, p, old = gradients[first - start : last - start], parameters[first:last], before[first:last]
 {views}
-        for i in range(count):
-            {state} = rule(decay * p[i], scale * decode(gradient[i]) + l2 * p[i]{elements}, h)
+            if ranges[r, 5]:
+                for i in range(last - first):
+                    p[i] = old[i]
+            for i in range(last - first):
+                {state} = rule(decay * p[i], scale * decode(gradient[i]) + l2 * p[i]{elements}, h)
 """
 
 # The caller keeps the parameters: the arena receives what to add to them.
 _UPDATE_OF_MOMENTS = """\
-def update(ranges, scalars, updates{slots}):
+def update(ranges, scalars, before, updates{slots}):
     for r in range(len(ranges)):
         start, count, row = ranges[r, 0], ranges[r, 1], ranges[r, 2]
         gradient = carray(pointer(ranges[r, 3], bits), count)
         held = carray(pointer(ranges[r, 4], bits), count)
         {prepared} = {prepared_values}
         h = Scalars({values})
-        p = updates[start : start + count]
+        p, first, last = updates[start : start + count], start, start + count
 {views}
         for i in range(count):
             {state} = rule(zero, scale * decode(gradient[i]) + l2 * decode(held[i]){elements}, h)
@@ -73,26 +79,30 @@ def update(ranges, scalars, updates{slots}):
 
 @functools.cache
 def update_loop(rule: Rule, dtype: DType, *, moments_only: bool) -> Loop:
-    """`update(ranges, scalars, parameters, *slots)`: one step of a rule on gradients of a dtype, in place.
+    """`update(ranges, scalars, before, parameters, *slots)`: one step of a rule on gradients of a dtype.
 
     `ranges` is int64 [n, UPDATE_COLUMNS]. A row of `scalars` holds the Preparation, then the rule's scalars, in the compute
-    dtype. `parameters` and the slots are arenas of the compute dtype. The source is written out for the rule's number of
-    slots, since Numba has no loop over arrays of a tuple that vectorises.
+    dtype. Slots are updated in place; so are parameters, except for ranges that start from those in `before`. All are arrays
+    of the compute dtype. The source is written out for the rule's number of slots, since Numba has no loop over arrays of a
+    tuple that vectorises.
     """
     scalars = typing.get_type_hints(rule.scalars)["return"]
     prepared = len(Preparation._fields)
     names = [f"s{k}" for k in range(len(rule.slots))]
-    text = (_UPDATE_OF_MOMENTS if moments_only else _UPDATE).format(
+    template = _UPDATE_OF_MOMENTS if moments_only else _UPDATE
+    indent = " " * (8 if moments_only else 12)
+    text = template.format(
         slots="".join(f", {name}_arena" for name in names),
         prepared=", ".join(Preparation._fields),
         prepared_values=", ".join(f"scalars[row, {k}]" for k in range(prepared)),
         values=", ".join(f"scalars[row, {prepared + k}]" for k in range(len(scalars._fields))),
-        views="\n".join(f"        {name} = {name}_arena[start : start + count]" for name in names),
+        views="\n".join(f"{indent}{name} = {name}_arena[first:last]" for name in names),
         state=", ".join(f"{name}[i]" for name in ["p", *names]),
         elements="".join(f", {name}[i]" for name in names),
     )
     compute = dtype.compute.type
     namespace = {
+        "BLOCK": BLOCK,
         "bits": bits(dtype).type,
         "carray": carray,
         "decode": decoder(dtype),

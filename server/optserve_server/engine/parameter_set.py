@@ -2,22 +2,27 @@
 
 import datetime
 import threading
+from collections import deque
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
-from optserve._dtypes import DType
-from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerError, TensorMismatch
+from optserve._dtypes import DType, narrowed
+from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerBusy, ServerError, TensorMismatch
 from optserve._results import Description, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
-from optserve_server.engine import snapshot
+from optserve_server.engine import snapshot, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
+from optserve_server.engine.buffers import Allocate, Buffers, Memory, private, published_offsets
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop, guard_loop
 from optserve_server.engine.push import Declared, Push
-from optserve_server.engine.rules import Memory, rule_for
+from optserve_server.engine.rules import Memory as RuleMemory
+from optserve_server.engine.rules import rule_for
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
@@ -26,12 +31,56 @@ from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Planner, Update
 
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
+SMALL = 64 << 10  # bytes of parameters: below this, readers get a copy, which costs less than to keep account of them
+
+
+@dataclass(eq=False, slots=True)
+class Commit:
+    """A finished push that waits to be applied, and in the end what became of it."""
+
+    session: Session
+    stream: object
+    push: Push
+    pull: bool
+    held: Snapshot | None
+    receipt: Receipt | None = None
+    snapshot: Snapshot | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is an outcome."""
+        return self.receipt is not None or self.error is not None
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a set will be once the updates that are planned so far have run."""
+
+    groups: tuple[TensorGroup, ...]
+    position: Position
+    steps: NDArray[np.int64]
+    memory: list[RuleMemory]
+    updates: list[Update] = field(default_factory=list)
+    updated: set[int] = field(default_factory=set)
+
+    def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
+        """Add an update."""
+        self.groups = groups
+        self.position = replace(self.position, version=self.position.version + 1)
+        self.updates.append(planned)
+        for index, memory in planned.memories.items():
+            self.steps[index] += 1
+            self.memory[index] = memory
+            self.updated.add(index)
 
 
 class ParameterSet:
     """One set. Every method may be called from any thread; each takes effect whole or not at all."""
 
-    def __init__(self, spec: ParameterSetSpec, incarnation: int, threads: Threads) -> None:
+    def __init__(
+        self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
+    ) -> None:
         self.spec = spec
         self.layout = Layout(spec.tensors)
         self.indices = {tensor.name: index for index, tensor in enumerate(spec.tensors)}
@@ -44,24 +93,34 @@ class ParameterSet:
         self._lock = threading.Lock()
         self._deleted = False
         self._broken = False
-        self._snapshot: Snapshot | None = None
-        # In a set that holds moments only, this arena takes the updates of the last push instead.
-        self._parameters = self.layout.allocate()
+        self._commits: deque[Commit] = deque()
+        self._copies: WeakValueDictionary[DType | None, Snapshot] = WeakValueDictionary()  # of the current version
+        # In a set that holds moments only, these take the updates of the last push instead.
+        self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._present = tuple(range(len(spec.tensors))) if spec.holds is Holds.PARAMETERS else ()
         initial = self.rule.initial(spec.optimizer)
         self._slots = {slot: self.layout.allocate(initial.get(slot, 0.0)) for slot in self.rule.slots}
         self._steps = np.zeros(len(spec.tensors), np.int64)
-        self._memory: list[Memory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
-        moments_only = spec.holds is Holds.MOMENTS
-        self._planner = Planner(
-            self.rule, self.layout, self._parameters, list(self._slots.values()), moments_only=moments_only
-        )
-        self._compile()
+        self._memory: list[RuleMemory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
+        self._planner = Planner(self.rule, self.layout, moments_only=spec.holds is Holds.MOMENTS)
+        self._compiled: set[DType] = set()
+        for dtype in {tensor.dtype for tensor in spec.tensors}:
+            self._compile(dtype)
 
     @property
     def position(self) -> Position:
         """Where the set's history stands."""
         return self._position
+
+    @property
+    def memories(self) -> list[Memory]:
+        """The memory that holds published parameters, or did."""
+        return self._buffers.memories
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each tensor lies in such memory, in bytes."""
+        return published_offsets(self.spec.tensors, self.layout)
 
     def describe(self) -> Description:
         """The set as it is now."""
@@ -102,7 +161,7 @@ class ParameterSet:
         for (compute, dtype), table in tables.items():
             if table:
                 rows = np.array(table, np.int64)
-                self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, self._parameters[compute])
+                self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, self._buffers.current.arena[compute])
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
@@ -125,36 +184,74 @@ class ParameterSet:
         changes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Push:
         """A push of this set, to be filled, finished and given to `push`."""
-        return Push(self.spec, self.indices, self._threads, sequence, declared, base=base, changes=changes)
+        push = Push(self.spec, self.indices, self._threads, sequence, declared, base=base, changes=changes)
+        for dtype in push.dtypes - self._compiled:  # what gradients travel as is not known before
+            self._compile(dtype)
+        return push
 
-    def push(self, session: Session, stream: object, push: Push, *, pull: bool) -> tuple[Receipt, Snapshot | None]:
+    def push(
+        self, session: Session, stream: object, push: Push, *, pull: bool, held: Snapshot | None = None
+    ) -> tuple[Receipt, Snapshot | None]:
         """Apply a finished push, or refuse it; either consumes its sequence and is its receipt for ever.
 
-        With `pull`, also the tensors right after it (of a push that came again: the current ones; of a refused one: None).
-        Raises SequenceGap, SequenceReused, SessionSuperseded or ParameterSetNotFound, which consume nothing.
+        With `pull`, also the tensors after it, pinned, if they can be (of a push that came again: the current ones; of a
+        refused one: None). If it is applied, `held`, which the worker has read until now, is released before. Pushes that
+        wait here at the same time are applied in one pass, in the order in which they came.
+        Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy or ParameterSetNotFound, which consume nothing.
+        """
+        commit = Commit(session, stream, push, pull, held)
+        self._commits.append(commit)
+        with self._lock:
+            while not commit.done:
+                self._apply(self._next_commits())
+        if commit.error is not None:
+            raise commit.error
+        assert commit.receipt is not None
+        return commit.receipt, commit.snapshot
+
+    def snapshot(self, *, pinned: bool = True, dtype: DType | None = None) -> Snapshot | None:
+        """The tensors of the current version: parameters, or the updates of the last push.
+
+        If `pinned`, of a set that is not small, they are the set's own memory, to be released; None if too many versions are
+        being read. Otherwise they are a copy, which all who ask for it share, in elements of a smaller dtype if one is given.
         """
         with self._lock:
             self._check_alive()
-            session.check_stream(stream)
-            receipt = session.admit(push.sequence, push.digest)
-            if receipt is None:
-                receipt = self._apply(push)
-                session.record(push.sequence, push.digest, receipt)
-                self._sessions.touch(session)
-            return receipt, self._take_snapshot() if pull and receipt.applied else None
+            return self._pin() if pinned and dtype is None else self._copy(dtype)
 
-    def snapshot(self) -> Snapshot:
-        """The tensors of the current version: parameters, or the updates of the last push."""
-        with self._lock:
-            self._check_alive()
-            return self._take_snapshot()
+    def release(self, snapshot: Snapshot) -> None:
+        """Say that a snapshot is not read any more; again does nothing."""
+        if snapshot.buffer is not None:
+            self._buffers.unpin(snapshot.buffer)
+            snapshot.buffer = None
 
-    def _take_snapshot(self) -> Snapshot:
-        if self._snapshot is None:
-            self._snapshot = snapshot.take(
-                self._position, self.spec.tensors, self._present, self.layout, self._parameters, self._threads
-            )
-        return self._snapshot
+    def snapshot_nbytes(self, dtype: DType | None) -> int:
+        """Size of a copy."""
+        return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self.spec.tensors)
+
+    def _pin(self) -> Snapshot | None:
+        if self.layout.nbytes <= SMALL:
+            return self._copy(None)
+        buffer = self._buffers.pin()
+        if buffer is None:
+            return None
+        tensors = self.spec.tensors
+        dtypes = [tensor.dtype for tensor in tensors]
+        if not buffer.encoded:
+            halves = [index for index, dtype in enumerate(dtypes) if dtype.is_half]
+            snapshot.encode(tensors, halves, self.layout, buffer.arena, buffer.data, dtypes, self._threads)
+            buffer.encoded = True
+        return Snapshot(self._position, self._present, dtypes, buffer.data, buffer)
+
+    def _copy(self, dtype: DType | None) -> Snapshot:
+        copied = self._copies.get(dtype)
+        if copied is None:
+            tensors, arena = self.spec.tensors, self._buffers.current.arena
+            dtypes = [narrowed(tensor.dtype, dtype) for tensor in tensors]
+            data = snapshot.room(tensors, dtypes)
+            snapshot.encode(tensors, self._present, self.layout, arena, data, dtypes, self._threads)
+            copied = self._copies[dtype] = Snapshot(self._position, self._present, dtypes, data)
+        return copied
 
     def capture(self) -> State:
         """A copy of all that the set is; updates wait until it is taken."""
@@ -189,14 +286,15 @@ class ParameterSet:
         with self._lock:
             durable = max(version, self._position.durable_version)
             self._position = replace(self._position, durable_version=durable)
-            self._snapshot = None
+            self._copies.clear()
 
     def delete(self) -> None:
         """Refuse everything from now on, and let go of the memory."""
         with self._lock:
             self._deleted = True
-            self._snapshot = None
-            for arena in (self._parameters, *self._slots.values()):
+            self._copies.clear()
+            self._buffers.clear()
+            for arena in self._slots.values():
                 arena.clear()
 
     @property
@@ -209,7 +307,7 @@ class ParameterSet:
 
     def _arenas(self) -> dict[str, Arena]:
         """What outlives a restart."""
-        return ({PARAMETERS: self._parameters} if self.spec.holds is Holds.PARAMETERS else {}) | self._slots
+        return ({PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}) | self._slots
 
     def _check_alive(self) -> None:
         if self._deleted:
@@ -219,54 +317,90 @@ class ParameterSet:
                 f"parameter set {self.spec.id!r} is unusable: an update failed half way; restart the server to restore it"
             )
 
-    def _apply(self, push: Push) -> Receipt:
+    def _next_commits(self) -> list[Commit]:
+        """Those that wait; in a set that holds moments only, one: its updates must be read before the next."""
+        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS else 1
+        return [self._commits.popleft() for _ in range(most)]
+
+    def _apply(self, commits: Sequence[Commit]) -> None:
+        """Decide on commits in their order, run all of their updates in one pass, and take their snapshots."""
+        draft = Draft(self._groups, self._position, self._steps.copy(), list(self._memory))
+        decided: list[tuple[Commit, Receipt]] = []
+        for commit in commits:
+            try:
+                self._check_alive()
+                commit.session.check_stream(commit.stream)
+                commit.receipt = commit.session.admit(commit.push.sequence, commit.push.digest)
+                if commit.receipt is None:
+                    decided.append((commit, self._decide(commit.push, draft)))
+            except Exception as error:
+                commit.error = error
+        try:
+            if draft.updates:
+                self._run(draft, [commit.held for commit, receipt in decided if receipt.applied and commit.held])
+        except Exception as error:
+            for commit, _ in decided:
+                commit.error = error
+            return
+        for commit, receipt in decided:
+            commit.session.record(receipt.sequence, commit.push.digest, receipt)
+            self._sessions.touch(commit.session)
+            commit.receipt = receipt
+        for commit in commits:
+            if commit.pull and commit.receipt is not None and commit.receipt.applied:
+                commit.snapshot = self._pin() or (self._copy(None) if self.spec.holds is Holds.MOMENTS else None)
+
+    def _decide(self, push: Push, draft: Draft) -> Receipt:
+        """The receipt of a push that comes after those in the draft; if it is applied, the draft goes on with it."""
         receipt = Receipt(
             sequence=push.sequence,
-            position=self._position,
+            position=draft.position,
             applied=False,
-            staleness=self._staleness(push.base),
+            staleness=_staleness(push.base, draft.position),
             gradient_norm=push.gradient_norm,
         )
         if push.refusal:
             return replace(receipt, refusal=push.refusal)
         try:
-            groups = change(self._groups, push.changes)
+            groups = change(draft.groups, push.changes)
             gradients, parameters = push.gradients, push.parameters
             self._check_parameters(gradients, parameters, groups)
-            update = self._planner.plan(groups, gradients, parameters, self._steps, self._memory)
+            planned = self._planner.plan(groups, gradients, parameters, draft.steps, draft.memory, draft.updated)
         except InvalidArgument as error:
             return replace(receipt, refusal=Refusal.of(error))
-        self._run(update)
-        self._groups = groups
-        self._position = replace(self._position, version=self._position.version + 1)
-        self._snapshot = None
-        if self.spec.holds is Holds.MOMENTS:
-            self._present = tuple(gradients)
-        return replace(
-            receipt,
-            position=self._position,
-            applied=True,
-            learning_rates={group.name: group.optimizer.lr for group in groups},
-        )
+        draft.advance(groups, planned)
+        rates = {group.name: group.optimizer.lr for group in groups}
+        return replace(receipt, position=draft.position, applied=True, learning_rates=rates)
 
-    def _run(self, update: Update) -> None:
-        """Run an update; if that fails half way, nothing is ever read from this set again."""
+    def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
+        """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
+        for each in held:
+            self.release(each)
+        try:
+            before, after = self._buffers.current, self._buffers.writable()
+        except MemoryError:
+            raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
         self._broken = True
-        for work in update.work:
-            work.run(self._threads)
-        for index, memory in update.memories.items():
-            self._steps[index] += 1
-            self._memory[index] = memory
+        update.run(draft.updates, before.arena, after.arena, list(self._slots.values()), self._threads)
+        self._buffers.publish(after, draft.updated, draft.position.version)
+        self._groups, self._position, self._steps, self._memory = (
+            draft.groups,
+            draft.position,
+            draft.steps,
+            draft.memory,
+        )
+        self._copies.clear()
+        if self.spec.holds is Holds.MOMENTS:
+            self._present = tuple(sorted(draft.updated))
         self._broken = False
 
-    def _compile(self) -> None:
-        """Compile every loop that this set will need now, by running it on nothing, rather than while somebody waits."""
-        dtypes = {tensor.dtype for tensor in self.spec.tensors}
-        self._planner.compile(dtypes, self._groups[0])
-        nothing = np.empty((0, 3), np.int64)
-        for dtype in dtypes:
-            guard_loop(dtype)(nothing, np.empty(0), np.empty((0, 2), np.uint32))
-            encode_loop(dtype)(nothing, self._parameters[dtype.compute])
+    def _compile(self, dtype: DType) -> None:
+        """Compile the loops that gradients of a dtype need now, by running them on nothing, rather than under the lock."""
+        arena, nothing = self._buffers.current.arena, np.empty((0, 3), np.int64)
+        self._planner.compile(dtype, self._groups[0], arena, list(self._slots.values()))
+        guard_loop(dtype)(nothing, np.empty(0), np.empty((0, 2), np.uint32))
+        encode_loop(dtype)(nothing, arena[dtype.compute])
+        self._compiled.add(dtype)
 
     def _check_parameters(
         self, gradients: Container[int], parameters: Container[int], groups: tuple[TensorGroup, ...]
@@ -285,7 +419,8 @@ class ParameterSet:
                         "weight_decay=0"
                     )
 
-    def _staleness(self, base: Position | None) -> int | None:
-        if base is None or base.incarnation != self._position.incarnation:
-            return None
-        return max(0, self._position.version - base.version)
+
+def _staleness(base: Position | None, now: Position) -> int | None:
+    if base is None or base.incarnation != now.incarnation:
+        return None
+    return max(0, now.version - base.version)

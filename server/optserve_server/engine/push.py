@@ -1,20 +1,39 @@
 """A push on its way: what it declared, what has been staged, why it is refused."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from optserve._errors import InvalidArgument, Refusal, TensorMismatch
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from optserve._errors import InvalidArgument, InvalidChunk, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
+from optserve.formats import BFloat16, Float16, Format
 from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.threads import Threads
 
+_STAGED = {BFloat16: BFLOAT16, Float16: FLOAT16}  # read as they travel; other formats are decoded on arrival
+
 
 class Declared(NamedTuple):
-    """A tensor that a push will send: a gradient, or the caller's parameters."""
+    """A tensor that a push will send: a gradient, or the caller's parameters; and what it travels as, if not as it is."""
 
     spec: TensorSpec
     is_parameter: bool = False
+    format: Format | None = None
+
+    @property
+    def staged(self) -> TensorSpec:
+        """The tensor as updates will read it."""
+        return self.spec if self.format is None else replace(self.spec, dtype=_STAGED.get(type(self.format), FLOAT32))
+
+    @property
+    def decoded(self) -> Format | None:
+        """What it has to be decoded from on arrival, if it has to be."""
+        return None if type(self.format) in _STAGED else self.format
 
 
 class Push:
@@ -46,7 +65,14 @@ class Push:
         except InvalidArgument as error:
             self._refuse(error)
             declared = ()  # nothing is made room for that was not registered
-        self._staging = Staging([each.spec for each in declared], threads)
+        self._registered = {k: index for index, k in self._gradients.items()}
+        self._declared = declared
+        self._staging = Staging([each.staged for each in declared], threads, [each.decoded for each in declared])
+
+    @property
+    def dtypes(self) -> set[DType]:
+        """What the staged elements are."""
+        return {tensor.spec.dtype for tensor in self._staging.tensors}
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +97,25 @@ class Push:
             except InvalidArgument as error:
                 self._refuse(error)
 
+    def add_shared(
+        self, runs: Sequence[Run], memory: NDArray[np.uint8], offsets: Sequence[int], *, replace: bool
+    ) -> None:
+        """Stage runs that lie in shared memory, every registered tensor at its offset in bytes."""
+        if self.refusal is None:
+            try:
+                starts = []
+                for run in runs:
+                    index = self._registered.get(run.tensor)
+                    if index is None or self._declared[run.tensor].format is not None:
+                        raise InvalidChunk(
+                            f"expected gradients as they are in shared memory; got tensor {run.tensor} of this push. Send "
+                            "others in chunks"
+                        )
+                    starts.append(offsets[index])
+                self._staging.add_shared(runs, memory, starts, replace=replace)
+            except InvalidArgument as error:
+                self._refuse(error)
+
     def finish(self, pulled: Iterable[str] = ()) -> None:
         """All chunks are here: guard them, and take the digest and the norm of the gradients.
 
@@ -92,10 +137,13 @@ class Push:
 
     def _resolve(self, declared: Sequence[Declared]) -> None:
         spec = self._spec
-        for k, (tensor, is_parameter) in enumerate(declared):
+        for k, each in enumerate(declared):
+            tensor, is_parameter = each.spec, each.is_parameter
             index = self._indices.get(tensor.name)
             if index is None or spec.tensors[index] != tensor:
                 raise mismatch(spec, tensor)
+            if each.format is not None and tensor.dtype.compute != FLOAT32.compute:
+                raise TensorMismatch(f"set {spec.id!r}: expected {tensor} as it is; got it encoded as {each.format}")
             if is_parameter and spec.holds is Holds.PARAMETERS:
                 raise TensorMismatch(
                     f"set {spec.id!r} holds its parameters: expected gradients only; got parameters for {tensor.name!r}"

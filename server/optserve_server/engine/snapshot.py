@@ -1,4 +1,4 @@
-"""Snapshots: one version of a set's tensors in wire format, shared by everyone who pulls that version."""
+"""Snapshots: one version of a set's tensors in wire format, shared by all who read that version."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +9,25 @@ from numpy.typing import NDArray
 from optserve._dtypes import DType
 from optserve._results import Position
 from optserve._specification import ParameterSetSpec, TensorSpec
-from optserve_server.engine.arena import Arena, ComputeType, Layout, aligned
+from optserve_server.engine.arena import Arena, Layout, aligned, padded
+from optserve_server.engine.buffers import Buffer
 from optserve_server.engine.loops import encode_loop
 from optserve_server.engine.push import check_present
 from optserve_server.engine.threads import Threads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Snapshot:
-    """Tensors at a position: `tensors` are indices into the set; `data` gives the wire bytes of each."""
+    """Tensors at a position: `tensors` are indices into the set, `dtypes` and `data` their elements as they travel.
+
+    `buffer` is the set's own memory, pinned until `ParameterSet.release`; None if the snapshot has memory of its own.
+    """
 
     position: Position
     tensors: tuple[int, ...]
-    data: dict[int, NDArray[np.uint8]]
+    dtypes: Sequence[DType]
+    data: Sequence[NDArray[np.uint8]]
+    buffer: Buffer | None = None
 
     def select(self, spec: ParameterSetSpec, indices: Mapping[str, int], names: Sequence[str]) -> Sequence[int]:
         """Indices of the named tensors in that order, or of all; raises TensorMismatch for one that is not here."""
@@ -31,25 +37,28 @@ class Snapshot:
         return [indices[name] for name in names]
 
 
-def take(
-    position: Position,
-    specs: Sequence[TensorSpec],
-    indices: Sequence[int],
-    layout: Layout,
-    arena: Arena,
-    threads: Threads,
-) -> Snapshot:
-    """Encode some tensors of an arena; the caller keeps the arena from changing meanwhile."""
-    buffer = aligned(sum(specs[index].nbytes for index in indices), zeroed=False)
-    data: dict[int, NDArray[np.uint8]] = {}
-    tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
-    begin, address = 0, buffer.ctypes.data
+def encode(
+    specs: Sequence[TensorSpec], indices: Sequence[int], layout: Layout, arena: Arena, into: Sequence[NDArray[np.uint8]],
+    dtypes: Sequence[DType], threads: Threads,
+) -> None:  # fmt: skip
+    """Write some tensors of an arena, as elements of the given dtypes, into memory; all lists are by the tensor's index."""
+    tables: dict[tuple[DType, DType], list[list[int]]] = {}
     for index in indices:
-        spec, place = specs[index], layout.places[index]
-        data[index] = buffer[begin : begin + spec.nbytes]
-        if spec.size:
-            tables.setdefault((place.compute, spec.dtype), []).append([place.start, place.size, address + begin])
-        begin += spec.nbytes
-    for (compute, dtype), table in tables.items():
-        threads.run(encode_loop(dtype), np.array(table, np.int64), {2: dtype.itemsize}, arena[compute])
-    return Snapshot(position, tuple(indices), data)
+        place = layout.places[index]
+        if place.size:
+            table = tables.setdefault((specs[index].dtype, dtypes[index]), [])
+            table.append([place.start, place.size, into[index].ctypes.data])
+    for (dtype, target), table in tables.items():
+        rows = np.array(table, np.int64)
+        threads.run(encode_loop(target), rows, {2: target.itemsize}, arena[dtype.compute])
+
+
+def room(specs: Sequence[TensorSpec], dtypes: Sequence[DType]) -> list[NDArray[np.uint8]]:
+    """New memory for tensors, each at an aligned place."""
+    sizes = [spec.size * dtype.itemsize for spec, dtype in zip(specs, dtypes, strict=True)]
+    memory = aligned(sum(map(padded, sizes)), zeroed=False)
+    parts, begin = [], 0
+    for size in sizes:
+        parts.append(memory[begin : begin + size])
+        begin += padded(size)
+    return parts

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from optserve._dtypes import DType
 from optserve._errors import InvalidChunk, NonFiniteValue
 from optserve._specification import BLOCK, Run, TensorSpec
+from optserve.formats import Format
+from optserve_server.engine.decoders import decoder_of
 from optserve_server.engine.formats import bits, decoder
 from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.threads import Threads
@@ -83,8 +85,9 @@ class StagedTensor:
 class Staging:
     """A transfer of the given tensors: `add` chunks, then `finish`."""
 
-    def __init__(self, tensors: Sequence[TensorSpec], threads: Threads) -> None:
+    def __init__(self, tensors: Sequence[TensorSpec], threads: Threads, formats: Sequence[Format | None] = ()) -> None:
         self._threads = threads
+        self._formats = formats or [None] * len(tensors)
         blocks = 0
         self.tensors: list[StagedTensor] = []
         for spec in tensors:
@@ -93,37 +96,81 @@ class Staging:
         self._sums = np.zeros(blocks)
         self._digests = np.zeros((blocks, 2), np.uint32)
         self._guarded = np.zeros(blocks, bool)
-        self._messages: list[NDArray[np.uint8]] = []  # keeps the pieces' memory alive
+        self._messages: list[NDArray[Any]] = []  # keeps the pieces' memory alive
         self._budget = REPLACEMENTS * sum(spec.nbytes for spec in tensors)
 
     def add(self, runs: Sequence[Run], data: Any, *, replace: bool = False) -> None:
         """Take a chunk in, without copying; raises InvalidChunk."""
         message = np.frombuffer(data, np.uint8)
+        sizes = [self._encoded_size(run) for run in runs]
         if not runs:
             raise InvalidChunk(f"expected at least one segment in a chunk; got none, and {message.size} bytes")
-        expected = 0
-        for run in runs:
-            if run.tensor >= len(self.tensors):
-                raise InvalidChunk(f"expected segments of {len(self.tensors)} tensors; got index {run.tensor}")
-            expected += run.size * self.tensors[run.tensor].spec.dtype.itemsize
-        if message.size != expected:
-            raise InvalidChunk(f"expected {expected} bytes for the segments of this chunk; got {message.size}")
-        self._budget -= message.size
+        if message.size != sum(sizes):
+            raise InvalidChunk(f"expected {sum(sizes)} bytes for the segments of this chunk; got {message.size}")
+        self._spend(runs)
+        self._messages.append(message)
+        pieces, begin = [], 0
+        for run, size in zip(runs, sizes, strict=True):
+            pieces.append(Piece(run.offset, run.size, self._decoded(run, message[begin : begin + size])))
+            begin += size
+        self._stage(runs, pieces, replace=replace)
+
+    def add_shared(
+        self, runs: Sequence[Run], memory: NDArray[np.uint8], starts: Sequence[int], *, replace: bool = False
+    ) -> None:
+        """Take runs in that lie in memory shared with the sender, their tensors at these starts; raises InvalidChunk."""
+        self._spend(runs)
+        self._messages.append(memory)
+        address = memory.ctypes.data
+        pieces = [
+            Piece(run.offset, run.size, address + start + run.offset * self._tensor(run).spec.dtype.itemsize)
+            for run, start in zip(runs, starts, strict=True)
+        ]
+        self._stage(runs, pieces, replace=replace)
+
+    def _stage(self, runs: Sequence[Run], pieces: Sequence[Piece], *, replace: bool) -> None:
+        rows = []
+        for run, piece in zip(runs, pieces, strict=True):
+            tensor = self._tensor(run)
+            tensor.add(piece, replace=replace)
+            if row := self._whole_blocks(tensor, piece):
+                rows.append(row)
+        if not replace:  # what is replaced may be replaced again in this very chunk: it waits for `finish`
+            self._guard(rows)
+
+    def _tensor(self, run: Run) -> StagedTensor:
+        if run.tensor >= len(self.tensors):
+            raise InvalidChunk(f"expected segments of {len(self.tensors)} tensors; got index {run.tensor}")
+        return self.tensors[run.tensor]
+
+    def _spend(self, runs: Sequence[Run]) -> None:
+        self._budget -= sum(run.size * self._tensor(run).spec.dtype.itemsize for run in runs)
         if self._budget < 0:
             raise InvalidChunk(
                 f"expected replaced segments to stay within {REPLACEMENTS} times the size of the tensors"
             )
-        address = message.ctypes.data
-        self._messages.append(message)
-        pieces = []
-        for run in runs:
-            piece = Piece(run.offset, run.size, address)
-            self.tensors[run.tensor].add(piece, replace=replace)
-            pieces.append((self.tensors[run.tensor], piece))
-            address += run.size * self.tensors[run.tensor].spec.dtype.itemsize
-        rows = [row for tensor, piece in pieces if (row := self._whole_blocks(tensor, piece))]
-        if not replace:  # what is replaced may be replaced again in this very chunk: it waits for `finish`
-            self._guard(rows)
+
+    def _encoded_size(self, run: Run) -> int:
+        spec, format = self._tensor(run).spec, self._formats[run.tensor]
+        if format is None:
+            return run.size * spec.dtype.itemsize
+        end = run.offset + run.size
+        if run.offset % BLOCK or (end % BLOCK and end != spec.size):
+            raise InvalidChunk(
+                f"tensor {spec}: expected segments of encoded elements to begin and end at multiples of {BLOCK}, or at the "
+                f"tensor's end; got elements {run.offset} to {end}"
+            )
+        return format.encoded_size(run.size)
+
+    def _decoded(self, run: Run, data: NDArray[np.uint8]) -> int:
+        """Address of a run's elements."""
+        format = self._formats[run.tensor]
+        if format is None:
+            return data.ctypes.data
+        elements = np.empty(run.size, np.float32)
+        decoder_of(format)(data, elements)
+        self._messages.append(elements)
+        return elements.ctypes.data
 
     def finish(self) -> None:
         """Check that every element has come and is finite; raises InvalidChunk or NonFiniteValue."""

@@ -1,7 +1,7 @@
 """Threads over ranges: one table of work, cut into equal parts."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ Table = NDArray[np.int64]
 
 COUNT = 1  # column of a table that holds the number of elements
 CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
+STRIP = 1 << 15  # elements: of each array that a loop visits, this many at a time stay in the cache
 INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
 
 
@@ -38,8 +39,21 @@ class Threads:
         """
         if self._pool is None or table[:, COUNT].sum() < inline:
             loop(table, *arguments)
-            return
-        first, *rest = split(table, addresses, self.count, grain)
+        else:
+            self._run_parts(loop, split(table, addresses, self.count, grain), arguments)
+
+    def run_in_order(
+        self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
+    ) -> None:
+        """As `run`, for a table whose rows may name an element several times: its rows then act on it in their order."""
+        if self._pool is None or table[:, COUNT].sum() < inline:
+            loop(table, *arguments)
+        else:
+            self._run_parts(loop, split_in_order(table, addresses, self.count), arguments)
+
+    def _run_parts(self, loop: Callable[..., Any], parts: Sequence[Table], arguments: tuple[Any, ...]) -> None:
+        assert self._pool is not None
+        first, *rest = parts
         futures = [self._pool.submit(loop, part, *arguments) for part in rest]
         try:
             loop(first, *arguments)
@@ -71,3 +85,23 @@ def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACH
         pieces[-1].append(row)
         room -= row[COUNT]
     return [np.array(rows, np.int64) for rows in pieces if rows]
+
+
+def split_in_order(table: Table, addresses: dict[int, int], parts: int) -> list[Table]:
+    """Cut a table at every STRIP elements of the arena, and gather the rows of each strip, in order, in one part."""
+    starts, ends = table[:, 0], table[:, 0] + table[:, COUNT]
+    first_strips = starts // STRIP
+    counts = -(-ends // STRIP) - first_strips
+    row = np.repeat(np.arange(len(table)), counts)
+    strip = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + first_strips[row]
+    pieces = table[row]
+    pieces[:, 0] = np.maximum(starts[row], strip * STRIP)
+    pieces[:, COUNT] = np.minimum(ends[row], (strip + 1) * STRIP) - pieces[:, 0]
+    for column, itemsize in addresses.items():
+        pieces[:, column] += (pieces[:, 0] - starts[row]) * itemsize
+    order = np.argsort(strip, kind="stable")
+    pieces, strip = pieces[order], strip[order]
+    done = np.cumsum(pieces[:, COUNT])
+    cuts = np.searchsorted(done, done[-1] * np.arange(1, parts) / parts)
+    cuts = np.searchsorted(strip, strip[cuts])  # back to where that strip begins
+    return [part for part in np.split(pieces, cuts) if len(part)]

@@ -1,8 +1,7 @@
-"""An update: the loops that advance the pushed tensors by one step, planned before anything changes."""
+"""Updates: the loops that advance the pushed tensors, planned before anything changes and run in one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,10 @@ from optserve_server.engine.rules import Memory, Rule, preparation
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
+ROW_OF_SCALARS = 2  # column of an update's table
+ADDRESSES = (3, 4)  # columns that advance with the elements
+START_FROM_BEFORE = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -24,12 +27,7 @@ class Work:
     loop: Loop
     dtype: DType
     table: Table
-    arguments: tuple[NDArray[Any], ...]
-
-    def run(self, threads: Threads) -> None:
-        """Run it; the addresses of gradients and parameters advance with the elements."""
-        size = self.dtype.itemsize
-        threads.run(self.loop, self.table, {3: size, 4: size}, *self.arguments)
+    scalars: NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +39,11 @@ class Update:
 
 
 class Planner:
-    """Plans updates of one set: it knows the rule, the layout and the arenas."""
+    """Plans updates of one set: it knows the rule and the layout."""
 
-    def __init__(
-        self, rule: Rule, layout: Layout, parameters: Arena, slots: Sequence[Arena], *, moments_only: bool
-    ) -> None:
+    def __init__(self, rule: Rule, layout: Layout, *, moments_only: bool) -> None:
         self._rule = rule
         self._layout = layout
-        self._arenas = [parameters, *slots]
         self._moments_only = moments_only
 
     def plan(
@@ -58,15 +53,17 @@ class Planner:
         parameters: Mapping[int, StagedTensor],
         steps: NDArray[np.int64],
         memory: Sequence[Memory],
+        updated: Collection[int] = (),
     ) -> Update:
         """The update that these gradients make, by the tensor's index in the set; changes nothing.
 
-        Raises InvalidHyperparameter for values that overflow the type that the update is computed in.
+        Tensors that are not among those `updated` before in the same run start from the version before. Raises
+        InvalidHyperparameter for values that overflow the type that the update is computed in.
         """
         rows: dict[tuple[int, int, Memory], int] = {}
         scalars: list[tuple[float, ...]] = []
         memories: dict[int, Memory] = {}
-        ranges: dict[tuple[ComputeType, DType], list[list[int]]] = {}
+        ranges: dict[DType, list[list[int]]] = {}
         for number, group in enumerate(groups):
             for index in group.members:
                 if index not in gradients:
@@ -77,18 +74,17 @@ class Planner:
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
                     scalars.append((*preparation(group.optimizer), *own))
-                dtype = gradients[index].spec.dtype
-                table = ranges.setdefault((dtype.compute, dtype), [])
-                table += _ranges(self._layout.places[index].start, row, gradients[index], parameters.get(index))
-        return Update([self._work(dtype, table, scalars) for (_, dtype), table in ranges.items()], memories)
+                table = ranges.setdefault(gradients[index].spec.dtype, [])
+                start, carry = self._layout.places[index].start, int(index not in updated)
+                table += _ranges(start, row, gradients[index], parameters.get(index), carry)
+        return Update([self._work(dtype, table, scalars) for dtype, table in ranges.items()], memories)
 
-    def compile(self, dtypes: set[DType], group: TensorGroup) -> None:
-        """Compile the loops for gradients of these dtypes now rather than at the first push, by running them on nothing."""
+    def compile(self, dtype: DType, group: TensorGroup, arena: Arena, slots: Sequence[Arena]) -> None:
+        """Compile the loop for gradients of a dtype now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
         scalars = [(*preparation(group.optimizer), *self._rule.scalars(group.optimizer, 1, memory))]
-        for dtype in dtypes:
-            work = self._work(dtype, [], scalars)
-            work.loop(work.table, *work.arguments)
+        work, compute = self._work(dtype, [], scalars), dtype.compute
+        work.loop(work.table, work.scalars, arena[compute], arena[compute], *(slot[compute] for slot in slots))
 
     def _work(self, dtype: DType, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
         with np.errstate(over="ignore"):
@@ -97,22 +93,62 @@ class Planner:
             raise InvalidHyperparameter(
                 f"expected hyperparameters whose update can be computed in {dtype.compute.name}; some overflow: {scalars[0]}"
             )
-        return Work(
-            update_loop(self._rule, dtype, moments_only=self._moments_only),
-            dtype,
-            np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS),
-            (values, *(arena[dtype.compute] for arena in self._arenas)),
-        )
+        loop = update_loop(self._rule, dtype, moments_only=self._moments_only)
+        return Work(loop, dtype, np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), values)
 
 
-def _ranges(start: int, row: int, gradient: StagedTensor, parameter: StagedTensor | None) -> list[list[int]]:
+def run(updates: Iterable[Update], before: Arena, after: Arena, slots: Sequence[Arena], threads: Threads) -> None:
+    """Run updates as if one after the other, in one pass over memory, from one version's parameters to another's."""
+    for works in _passes(updates):
+        if before is after:
+            for work in works:
+                work.table[:, START_FROM_BEFORE] = 0
+        loop, dtype = works[0].loop, works[0].dtype
+        arenas = (arena[dtype.compute] for arena in (before, after, *slots))
+        addresses = dict.fromkeys(ADDRESSES, dtype.itemsize)
+        if len(works) == 1:
+            threads.run(loop, works[0].table, addresses, works[0].scalars, *arenas)
+        else:
+            table, scalars = _joined(works)
+            threads.run_in_order(loop, table, addresses, scalars, *arenas)
+
+
+def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
+    """Work of one loop that may run together; different loops on one arena take turns in the updates' order."""
+    passes: list[list[Work]] = []
+    last: dict[ComputeType, list[Work]] = {}
+    for update in updates:
+        for work in update.work:
+            compute = work.dtype.compute
+            if compute not in last or last[compute][0].loop is not work.loop:
+                last[compute] = []
+                passes.append(last[compute])
+            last[compute].append(work)
+    return passes
+
+
+def _joined(works: Sequence[Work]) -> tuple[Table, NDArray[np.floating]]:
+    tables, rows = [], 0
+    for work in works:
+        table = work.table.copy()
+        table[:, ROW_OF_SCALARS] += rows
+        tables.append(table)
+        rows += len(work.scalars)
+    return np.concatenate(tables), np.concatenate([work.scalars for work in works])
+
+
+def _ranges(
+    start: int, row: int, gradient: StagedTensor, parameter: StagedTensor | None, carry: int
+) -> list[list[int]]:
     """Rows of an update's table for one tensor that starts at an element of the arena."""
     size = gradient.spec.dtype.itemsize
     if parameter is None:  # any readable memory: what is read there is multiplied by zero, and gradients are finite
-        return [[start + piece.offset, piece.size, row, piece.address, piece.address] for piece in gradient.pieces]
+        return [
+            [start + piece.offset, piece.size, row, piece.address, piece.address, carry] for piece in gradient.pieces
+        ]
     return [
         [start + begin, end - begin, row, left.address + (begin - left.offset) * size,
-         right.address + (begin - right.offset) * size]
+         right.address + (begin - right.offset) * size, carry]
         for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
     ]  # fmt: skip
 

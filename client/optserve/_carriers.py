@@ -1,0 +1,165 @@
+"""Carriers: how the tensors of one stream travel, in its messages or through memory shared with the server."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from optserve._buffers import Buffers
+from optserve._codecs import Codec, codec
+from optserve._compression import CompressedPush
+from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, narrowed
+from optserve._errors import InvalidChunk, TensorMismatch
+from optserve._messages import encode_dtype
+from optserve._shared_memory import Mappings
+from optserve._specification import Run, TensorSpec
+from optserve._wire import Frame, Payload, bytes_of, pack
+from optserve.formats import BFloat16, Float16
+from optserve.v1 import step_pb2
+from optserve.v1.step_pb2 import StepResponse
+
+Array = np.ndarray[Any, Any]
+PIECE = 2 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
+
+_DTYPES = {BFloat16: BFLOAT16, Float16: FLOAT16}
+
+
+class Sent(Protocol):
+    """What a carrier needs to know of a push: arrays by name, and the payloads instead, if they are compressed."""
+
+    @property
+    def gradients(self) -> dict[str, Array]: ...
+    @property
+    def parameters(self) -> dict[str, Array]: ...
+    @property
+    def compressed(self) -> CompressedPush | None: ...
+
+
+class Chunks:
+    """Tensors in the messages of the stream. `tensors` are the registered ones; `pull_format` makes answers smaller."""
+
+    def __init__(
+        self, tensors: Sequence[TensorSpec], buffers: Buffers, pull_format: BFloat16 | Float16 | None = None
+    ) -> None:
+        self._tensors = tensors
+        self._buffers = buffers
+        self._dtype = _DTYPES[type(pull_format)] if pull_format is not None else None
+        self._codec = codec(pull_format) if pull_format is not None else None
+        self.gradients: list[Array] | None = None  # arrays that are sent without a copy
+
+    def payloads(self, push: Sent) -> Iterator[Payload]:
+        """The tensors of a push, in the order in which they were declared."""
+        if push.compressed is not None:
+            yield from push.compressed.payloads()
+        arrays = [*({} if push.compressed else push.gradients).values(), *push.parameters.values()]
+        first = len(push.gradients) if push.compressed else 0
+        yield from pack((first + k, bytes_of(array), array.itemsize) for k, array in enumerate(arrays))
+
+    def ask(self, pull: step_pb2.Pull) -> None:
+        """Say how the answer should come."""
+        if self._dtype is not None:
+            pull.dtype = encode_dtype(self._dtype)
+
+    def receive(
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[StepResponse]], *, copy: bool
+    ) -> list[Array]:
+        """The tensors that a header announced, from the messages that begin with it; raises InvalidChunk."""
+        specs = [self._tensors[index] for index in header.tensors]
+        arrays = self._buffers.arrays(specs)
+        remaining = sum(spec.size for spec in specs)
+        for answer in answers:
+            if answer.payload is not None:
+                remaining -= self._take(answer.payload, specs, arrays)
+        if remaining:
+            raise InvalidChunk(f"expected every element of the pulled tensors; {remaining} did not come")
+        return arrays
+
+    def _take(self, payload: Payload, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> int:
+        """Put a chunk's elements into the arrays; returns their number."""
+        source = np.frombuffer(payload.buffer, np.uint8)
+        begin = count = 0
+        for run in payload.runs:
+            if run.tensor >= len(arrays) or run.offset + run.size > arrays[run.tensor].size:
+                raise TensorMismatch(f"the server sent elements outside of the pulled tensors: {run}")
+            dtype = narrowed(specs[run.tensor].dtype, self._dtype)
+            size = run.size * dtype.itemsize
+            target = arrays[run.tensor].reshape(-1)[run.offset : run.offset + run.size]
+            if dtype is specs[run.tensor].dtype:
+                target.view(np.uint8)[:] = source[begin : begin + size]
+            else:
+                assert self._codec is not None
+                _decode(self._codec, source[begin : begin + size], target)
+            begin, count = begin + size, count + run.size
+        return count
+
+
+class Segments(Chunks):
+    """Tensors in shared memory, with messages that say where; what does not fit there goes in messages."""
+
+    def __init__(
+        self, tensors: Sequence[TensorSpec], buffers: Buffers, mappings: Mappings, release: Callable[[], None]
+    ) -> None:
+        super().__init__(tensors, buffers)
+        self._mappings = mappings
+        self._release = release
+        self._indices = {spec.name: index for index, spec in enumerate(tensors)}
+        self.gradients = mappings.gradients
+
+    def payloads(self, push: Sent) -> Iterator[Payload]:
+        lying: list[Run] = []
+        for k, (name, array) in enumerate(push.gradients.items()):
+            index = self._indices.get(name)
+            if index is None or self._tensors[index] != TensorSpec.of(name, array):
+                yield from super().payloads(push)  # the server says what is wrong with it
+                return
+            target = self._mappings.gradients[index]
+            if _address(array) == _address(target):
+                lying += [Run(k, 0, array.size)] if array.size else []
+                continue
+            for begin in range(0, array.size, PIECE):
+                piece = slice(begin, min(begin + PIECE, array.size))
+                np.copyto(target.reshape(-1)[piece], array.reshape(-1)[piece])
+                lying.append(Run(k, begin, piece.stop - begin))
+                if piece.stop - begin == PIECE:
+                    yield Payload(lying, (), in_shared_memory=True)
+                    lying = []
+        if lying:
+            yield Payload(lying, (), in_shared_memory=True)
+        yield from pack(
+            (len(push.gradients) + k, bytes_of(array), array.itemsize)
+            for k, array in enumerate(push.parameters.values())
+        )
+
+    def ask(self, pull: step_pb2.Pull) -> None:
+        pull.in_shared_memory = True
+
+    def receive(
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[StepResponse]], *, copy: bool
+    ) -> list[Array]:
+        if not header.segment:
+            return super().receive(header, answers, copy=copy)
+        for _ in answers:
+            pass
+        mapped = self._mappings.parameters(header.segment)
+        views = [mapped[index] for index in header.tensors]
+        if not copy:
+            return views
+        arrays = self._buffers.arrays([self._tensors[index] for index in header.tensors])
+        for array, view in zip(arrays, views, strict=True):
+            np.copyto(array, view)
+        self._release()
+        return arrays
+
+
+def _decode(decoder: Codec, data: Array, target: Array) -> None:
+    if target.dtype == FLOAT32.storage:
+        decoder.decode(data, target)
+    else:
+        elements = np.empty(target.size, np.float32)
+        decoder.decode(data, elements)
+        target[:] = elements
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

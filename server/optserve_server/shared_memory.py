@@ -1,0 +1,145 @@
+"""Shared memory: segments that workers on this host map instead of sending and receiving tensors.
+
+A segment is a memfd: it has no name that could be guessed or left behind, and is gone with the last process that maps it.
+Its descriptor is handed out over a Unix socket in a directory that only this server's user can enter, to those who know the
+token of an open stream.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import mmap
+import os
+import secrets
+import shutil
+import socket
+import socketserver
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._errors import ServerBusy
+from optserve._shared_memory import NUMBER_BYTES, TOKEN_BYTES
+from optserve.v1 import step_pb2
+from optserve_server.engine.arena import padded
+from optserve_server.engine.buffers import Memory
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.gate import Gate
+
+F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; mappings that exist stay writable
+REQUEST_SECONDS = 5.0  # for a worker to say which segment it wants
+
+GRADIENTS = 0  # number of the segment that every stream has for itself
+
+_numbers = itertools.count(GRADIENTS + 1)
+
+
+class Segment:
+    """Zeroed memory that other processes can map: for writing, if `shared_writing`, else only for reading."""
+
+    def __init__(self, nbytes: int, *, shared_writing: bool) -> None:
+        self.number = next(_numbers)
+        self.descriptor = os.memfd_create("optserve", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, max(1, nbytes))
+        mapping = mmap.mmap(self.descriptor, max(1, nbytes))
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (0 if shared_writing else F_SEAL_FUTURE_WRITE)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        self.array: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)[:nbytes]
+
+
+def shareable(nbytes: int) -> Memory:
+    """Memory that this process writes and others may read."""
+    segment = Segment(nbytes, shared_writing=False)
+    return Memory(segment.array, segment)
+
+
+class Attachment:
+    """What one stream shares with its worker: a segment for its gradients, and the set's parameters."""
+
+    def __init__(self, parameter_set: ParameterSet, room: Gate, socket: str, token: bytes) -> None:
+        sizes = [padded(tensor.nbytes) for tensor in parameter_set.spec.tensors]
+        self.offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
+        self.gradients: Segment | None = None  # until the worker comes to get it, and so turns out to be on this host
+        self.offer = step_pb2.SharedMemory(
+            socket=socket,
+            token=token,
+            gradient_segment=GRADIENTS,
+            gradient_offsets=self.offsets,
+            parameter_offsets=parameter_set.offsets,
+        )
+        self._set = parameter_set
+        self._size = sum(sizes)
+        self._room = room
+        self._lock = threading.Lock()
+        self._lasting = ExitStack()
+        self._closed = False
+
+    def find(self, number: int) -> Segment | None:
+        """The segment of that number, if it is this stream's business; raises ServerBusy if there is no room for it."""
+        if number != GRADIENTS:
+            shared = [memory.segment for memory in self._set.memories if isinstance(memory.segment, Segment)]
+            return next((each for each in shared if each.number == number), None)
+        with self._lock:
+            if self.gradients is None and not self._closed:
+                self._lasting.enter_context(self._room.room(max(1, self._size)))
+                self.gradients = Segment(self._size, shared_writing=True)
+            return self.gradients
+
+    def close(self) -> None:
+        """The stream has ended."""
+        with self._lock:
+            self._closed = True
+            self._lasting.close()
+
+
+class SharedMemory:
+    """The private directory, and the socket in it that hands out segments."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._room = Gate("bytes of shared memory", max_bytes)
+        self._directory = tempfile.mkdtemp(prefix="optserve-")  # only this user can enter it
+        self._socket = str(Path(self._directory, "segments"))
+        self._attachments: dict[bytes, Attachment] = {}
+        self._server = socketserver.ThreadingUnixStreamServer(self._socket, self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, name="optserve-segments", daemon=True).start()
+
+    @contextmanager
+    def attached(self, parameter_set: ParameterSet) -> Iterator[Attachment]:
+        """Share memory with a stream as long as this lasts."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        attachment = self._attachments[token] = Attachment(parameter_set, self._room, self._socket, token)
+        try:
+            yield attachment
+        finally:
+            del self._attachments[token]
+            attachment.close()
+
+    def close(self) -> None:
+        """Hand out no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _handler(self) -> type[socketserver.BaseRequestHandler]:
+        attachments = self._attachments
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                connection: socket.socket = self.request
+                connection.settimeout(REQUEST_SECONDS)
+                with contextlib.suppress(OSError, ServerBusy):  # who gets no answer sends its tensors instead
+                    request = connection.recv(TOKEN_BYTES + NUMBER_BYTES, socket.MSG_WAITALL)
+                    attachment = attachments.get(request[:TOKEN_BYTES])
+                    number = int.from_bytes(request[TOKEN_BYTES:], "little")
+                    if attachment is not None and (segment := attachment.find(number)) is not None:
+                        socket.send_fds(connection, [b"\0"], [segment.descriptor])
+
+        return Handler
