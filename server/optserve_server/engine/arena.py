@@ -1,6 +1,7 @@
 """Arenas: every tensor of a set, one after the other, in contiguous 64-byte-aligned memory."""
 
 import itertools
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from optserve._specification import TensorSpec
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+HUGE_PAGE = 2 << 20  # bytes
 
 ComputeType = np.dtype[Any]
 Arena = dict[ComputeType, NDArray[Any]]  # one array for each compute type; most sets have one
@@ -77,8 +79,14 @@ def copy(arena: Arena) -> Arena:
     return {compute: array.copy() for compute, array in arena.items()}
 
 
-def aligned(nbytes: int, *, zeroed: bool = True) -> NDArray[np.uint8]:
-    """Bytes at a 64-byte boundary."""
-    raw = (np.zeros if zeroed else np.empty)(nbytes + ALIGNMENT, np.uint8)
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes at a cache line's boundary, to be kept for long: on huge pages, and apart from the C allocator's heap,
+    where the update loops were found to run at 0.8 of their speed."""
+    if nbytes >= HUGE_PAGE:
+        mapping = mmap.mmap(-1, nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(mapping, np.uint8)
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes]

@@ -123,43 +123,42 @@ def guard_loop(dtype: DType) -> Loop:
     """`guard(table, sums, digests)`: the sum of squares and the digest of each block of gradients.
 
     A row of `table`, int64 [n, 3], is the first element, a multiple of BLOCK, the number of elements, and the address.
-    `sums` is float64 [blocks], `digests` uint32 [blocks, 2]; elements 0 to BLOCK make the first block. A sum is finite
-    exactly if every element is, except that float64 squares may overflow. Both passes over a block find it in the cache.
+    `sums` is float64 [blocks], `digests` uint32 [blocks]; elements 0 to BLOCK make the first block. A sum is finite exactly
+    if every element is, except that float64 squares may overflow. One loop does both, so that the arithmetic of one part
+    hides behind the other and the whole behind the memory.
     """
     element, decode = bits(dtype).type, decoder(dtype)
-    word = np.dtype(f"u{min(dtype.itemsize, 4)}").type
-    words_per_element = max(1, dtype.itemsize // 4)
+    word = np.dtype(f"u{dtype.itemsize}").type
+
+    @njit(error_model="numpy")
+    def folded(bits: Any) -> Any:
+        return np.uint32(np.uint32(bits) + np.uint32(np.uint32(bits >> 32) * np.uint32(0x9E3779B1)))
+
+    @njit(error_model="numpy")
+    def widened(bits: Any) -> Any:
+        return np.uint32(bits)
+
+    fold = folded if dtype.itemsize == 8 else widened
 
     @njit(error_model="numpy", fastmath={"reassoc"})
-    def sum_of_squares(elements: Any) -> Any:
-        total = 0.0
+    def guarded(elements: Any, words: Any) -> Any:
+        total, digest = 0.0, np.uint32(0)
         for i in range(elements.size):
             value = np.float64(decode(elements[i]))
             total += value * value
-        return total
-
-    @njit(error_model="numpy")
-    def digest(words: Any) -> Any:
-        plain, weighted = np.uint32(0), np.uint32(0)
-        for i in range(words.size):
-            value = np.uint32(words[i])
-            value = np.uint32(np.uint32(value ^ np.uint32(value >> 15)) * np.uint32(0x85EBCA6B))
-            value = np.uint32(value ^ np.uint32(value >> 13))  # mixed, lest flipped signs cancel in the sums
-            plain = np.uint32(plain + value)
-            weighted = np.uint32(weighted + np.uint32(value * np.uint32(2 * i + 1)))
-        return plain, weighted
+            mixed = fold(words[i])  # rotated, lest flipped signs, the uppermost bits, cancel in the sum
+            mixed = np.uint32(np.uint32(mixed << np.uint32(7)) | np.uint32(mixed >> np.uint32(25)))
+            digest = np.uint32(digest + np.uint32(mixed * np.uint32(2 * i + 1)))
+        return total, digest
 
     def guard(table: Any, sums: Any, digests: Any) -> None:
         for r in range(len(table)):
             block, count, address = table[r, 0] // BLOCK, table[r, 1], table[r, 2]
             elements = carray(pointer(address, element), count)
-            words = carray(pointer(address, word), count * words_per_element)
+            words = carray(pointer(address, word), count)
             for start in range(0, count, BLOCK):
                 stop = min(start + BLOCK, count)
-                sums[block] = sum_of_squares(elements[start:stop])
-                digests[block, 0], digests[block, 1] = digest(
-                    words[start * words_per_element : stop * words_per_element]
-                )
+                sums[block], digests[block] = guarded(elements[start:stop], words[start:stop])
                 block += 1
 
     return typing.cast(Loop, _compile(guard))

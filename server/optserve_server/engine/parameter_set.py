@@ -398,7 +398,7 @@ class ParameterSet:
         """Compile the loops that gradients of a dtype need now, by running them on nothing, rather than under the lock."""
         arena, nothing = self._buffers.current.arena, np.empty((0, 3), np.int64)
         self._planner.compile(dtype, self._groups[0], arena, list(self._slots.values()))
-        guard_loop(dtype)(nothing, np.empty(0), np.empty((0, 2), np.uint32))
+        guard_loop(dtype)(nothing, np.empty(0), np.empty(0, np.uint32))
         encode_loop(dtype)(nothing, arena[dtype.compute])
         self._compiled.add(dtype)
 

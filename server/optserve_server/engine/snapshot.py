@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from optserve._dtypes import DType
 from optserve._results import Position
 from optserve._specification import ParameterSetSpec, TensorSpec
-from optserve_server.engine.arena import Arena, Layout, aligned, padded
+from optserve_server.engine.arena import Arena, Layout, padded
 from optserve_server.engine.buffers import Buffer
 from optserve_server.engine.loops import encode_loop
 from optserve_server.engine.push import check_present
@@ -54,9 +54,9 @@ def encode(
 
 
 def room(specs: Sequence[TensorSpec], dtypes: Sequence[DType]) -> list[NDArray[np.uint8]]:
-    """New memory for tensors, each at an aligned place."""
+    """New memory for tensors, each padded to an aligned size."""
     sizes = [spec.size * dtype.itemsize for spec, dtype in zip(specs, dtypes, strict=True)]
-    memory = aligned(sum(map(padded, sizes)), zeroed=False)
+    memory = np.empty(sum(map(padded, sizes)), np.uint8)
     parts, begin = [], 0
     for size in sizes:
         parts.append(memory[begin : begin + size])

@@ -94,7 +94,7 @@ class Staging:
             self.tensors.append(StagedTensor(spec, blocks))
             blocks += -(-spec.size // BLOCK)
         self._sums = np.zeros(blocks)
-        self._digests = np.zeros((blocks, 2), np.uint32)
+        self._digests = np.zeros(blocks, np.uint32)
         self._guarded = np.zeros(blocks, bool)
         self._messages: list[NDArray[Any]] = []  # keeps the pieces' memory alive
         self._budget = REPLACEMENTS * sum(spec.nbytes for spec in tensors)

@@ -12,6 +12,7 @@ Table = NDArray[np.int64]
 
 COUNT = 1  # column of a table that holds the number of elements
 CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
+SHARES = 8  # parts for each thread
 STRIP = 1 << 15  # elements: of each array that a loop visits, this many at a time stay in the cache
 INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
 
@@ -40,7 +41,7 @@ class Threads:
         if self._pool is None or table[:, COUNT].sum() < inline:
             loop(table, *arguments)
         else:
-            self._run_parts(loop, split(table, addresses, self.count, grain), arguments)
+            self._share(loop, split(table, addresses, self.count * SHARES, grain), arguments)
 
     def run_in_order(
         self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
@@ -49,14 +50,20 @@ class Threads:
         if self._pool is None or table[:, COUNT].sum() < inline:
             loop(table, *arguments)
         else:
-            self._run_parts(loop, split_in_order(table, addresses, self.count), arguments)
+            self._share(loop, split_in_order(table, addresses, self.count * SHARES), arguments)
 
-    def _run_parts(self, loop: Callable[..., Any], parts: Sequence[Table], arguments: tuple[Any, ...]) -> None:
+    def _share(self, loop: Callable[..., Any], parts: Sequence[Table], arguments: tuple[Any, ...]) -> None:
+        """Every thread takes the next part until none is left, so that one that starts late holds nobody up."""
         assert self._pool is not None
-        first, *rest = parts
-        futures = [self._pool.submit(loop, part, *arguments) for part in rest]
+        left = iter(parts)
+
+        def take() -> None:
+            for part in left:
+                loop(part, *arguments)
+
+        futures = [self._pool.submit(take) for _ in range(self.count - 1)]
         try:
-            loop(first, *arguments)
+            take()
         finally:
             for future in futures:
                 future.result()
