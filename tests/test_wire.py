@@ -1,5 +1,6 @@
 """Frames are protobuf: same bytes out, same meaning in, and anything else is refused."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optserve import InvalidChunk
+from optserve import InvalidChunk, _wire
 from optserve._specification import BLOCK, Run
 from optserve._wire import Frame, Payload, pack
 from optserve.v1.optimizer_service_pb2 import CreateParameterSetRequest
 from optserve.v1.step_pb2 import Open, Parameters, Pull, Push, Receipt, StepRequest, StepResponse
 from optserve.v1.tensor_pb2 import Chunk, Segment
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, _wire.SMALL], ids=["spliced", "small"])
+def small(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Payloads in these tests are small; each also goes the way of large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_wire, "SMALL", request.param)
+        yield
+
 
 segments = st.lists(
     st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(1, 2**64 - 1)), max_size=5
@@ -22,7 +32,7 @@ payloads = st.builds(
     segments,
     st.lists(st.binary(max_size=200), max_size=3),
     st.booleans(),
-)
+) | st.builds(lambda runs: Payload([Run(*run) for run in runs], (), in_shared_memory=True), segments)
 messages = st.one_of(
     st.builds(
         StepRequest,
@@ -30,6 +40,7 @@ messages = st.one_of(
         push=st.none() | st.builds(Push, sequence=st.integers(0, 2**64 - 1)),
         commit=st.booleans(),
         pull=st.none() | st.builds(Pull, tensors=st.lists(st.text(max_size=8), max_size=3)),
+        release=st.booleans(),
     ),
     st.builds(
         StepResponse,
@@ -50,6 +61,7 @@ def generated(message: Any, payload: Payload) -> Any:
             segments=[Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs],
             replace=payload.replace,
             data=b"".join(payload.data),
+            in_shared_memory=payload.in_shared_memory,
         )
     )
     return whole
@@ -100,7 +112,7 @@ def test_any_bytes_parse_as_protobuf_does_or_are_refused(message: Any, payload: 
 
 
 def test_parsing_does_not_copy_the_payload() -> None:
-    data = Frame(StepRequest(commit=True), Payload([Run(0, 0, 1024)], [bytes(4096)])).to_bytes()
+    data = Frame(StepRequest(commit=True), Payload([Run(0, 0, 8192)], [bytes(32768)])).to_bytes()
     frame = Frame.from_bytes(StepRequest, data)
     assert frame.payload is not None
     assert np.shares_memory(np.frombuffer(frame.payload.buffer, np.uint8), np.frombuffer(data, np.uint8))

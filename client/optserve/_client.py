@@ -52,6 +52,7 @@ class Client:
         *,
         groups: Sequence[Group] = (),
         holds: Holds | str = Holds.PARAMETERS,
+        guard: bool = True,
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -59,7 +60,8 @@ class Client:
     ) -> ParameterSet:
         """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
 
-        `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates. With
+        `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
+        `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. With
         `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` and the
         formats are as in `parameter_set`.
 
@@ -71,7 +73,7 @@ class Client:
         choice = Choice(self._via, push_format, pull_format)
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds))
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard)
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None

@@ -162,6 +162,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
             for group in spec.groups
         ],
         holds=_HOLDS[spec.holds],
+        unguarded=not spec.guard,
     )
 
 
@@ -175,6 +176,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
             Group(group.name, *group.tensors, **decode_values(group.hyperparameters)) for group in message.groups
         ),
         holds=_decode_holds(message.holds),
+        guard=not message.unguarded,
     )
 
 

@@ -29,6 +29,10 @@ class Position:
     version: int
     durable_version: int = 0
 
+    def next(self) -> "Position":
+        """One update later."""
+        return Position(self.incarnation, self.version + 1, self.durable_version)
+
     def newer_than(self, other: "Position") -> bool:
         """Whether history has moved past the other point, or was replaced."""
         return (self.incarnation, self.version) != (other.incarnation, other.version)
@@ -39,8 +43,8 @@ class Receipt:
     """What became of a push.
 
     `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, before
-    any change to them; `learning_rates` holds the one used, by group; `duplicate` marks the first receipt of a push that came
-    again; `refusal` is why a push was not applied (the SDK raises it as an error).
+    any change to them, and NaN in a set without a guard; `learning_rates` holds the one used, by group; `duplicate` marks the
+    first receipt of a push that came again; `refusal` is why a push was not applied (the SDK raises it as an error).
     """
 
     sequence: int

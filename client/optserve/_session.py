@@ -38,7 +38,7 @@ from optserve._messages import (
 )
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
-from optserve._shared_memory import Mappings
+from optserve._shared_memory import WORTHWHILE, Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
 from optserve._wire import Frame
@@ -219,15 +219,17 @@ class Session:
 
     def _carry(self, opened: step_pb2.Opened, stream: Stream) -> Chunks:
         """How tensors will travel on a new stream; raises NoSharedMemory if nothing else was allowed."""
+        forced = self._choice.transport is Via.SHARED_MEMORY
+        worthwhile = forced or sum(spec.nbytes for spec in self._tensors) >= WORTHWHILE
         try:
-            if opened.HasField("shared_memory"):
+            if opened.HasField("shared_memory") and worthwhile:
                 mappings = Mappings(opened.shared_memory, self._tensors)
                 release = functools.partial(stream.send, [Frame(StepRequest(release=True))])
                 return Segments(self._tensors, self._buffers, mappings, release)
-            if self._choice.transport is Via.SHARED_MEMORY:
+            if forced:
                 raise NoSharedMemory(f"the server offers no shared memory for set {self._set_id!r}")
         except NoSharedMemory:
-            if self._choice.transport is Via.SHARED_MEMORY:
+            if forced:
                 raise
         return Chunks(self._tensors, self._buffers, self._choice.pull_format)
 

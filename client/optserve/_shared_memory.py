@@ -16,6 +16,7 @@ from optserve.v1 import step_pb2
 
 TOKEN_BYTES = 16
 NUMBER_BYTES = 8
+WORTHWHILE = 64 << 10  # bytes of tensors: below this, a message costs no more
 ANSWER_SECONDS = 10.0
 
 Array = NDArray[Any]

@@ -1,6 +1,7 @@
 """What a parameter set is made of: tensors, groups, ids. Plain values, checked where they are built."""
 
 import enum
+import functools
 import math
 import re
 from collections import Counter
@@ -72,11 +73,15 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, array: np.ndarray[Any, Any]) -> Self:
         """The specification of an array; raises InvalidTensor if its dtype is not one that travels."""
+        return cls._made(name, array.dtype, array.shape)
+
+    @classmethod
+    @functools.lru_cache(maxsize=10_000)  # a worker pushes the same tensors again and again
+    def _made(cls, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Self:
         try:
-            dtype = dtype_named(array.dtype.name)
+            return cls(name, dtype_named(dtype.name), shape)
         except InvalidTensor as error:
             raise InvalidTensor(f"tensor {name!r}: {error}") from None
-        return cls(name, dtype, array.shape)
 
     @property
     def size(self) -> int:
@@ -109,6 +114,7 @@ class ParameterSetSpec:
     optimizer: Optimizer
     groups: tuple[Group, ...] = ()
     holds: Holds = field(default=Holds.PARAMETERS)
+    guard: bool = True
 
     def __post_init__(self) -> None:
         check_set_id(self.id)

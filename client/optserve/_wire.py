@@ -17,6 +17,7 @@ from optserve.v1.optimizer_service_pb2 import CreateParameterSetRequest
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve.v1.tensor_pb2 import Chunk, Segment
 
+SMALL = 16 << 10  # bytes: protobuf's own copies of a payload cost less than doing without them
 CHUNK_BYTES = 2 << 20  # payload of a chunk that we send; measured, see docs/architecture.md
 
 M = TypeVar("M", CreateParameterSetRequest, StepRequest, StepResponse)
@@ -44,6 +45,11 @@ class Payload:
         """The bytes as one buffer, joined if there are several."""
         return self.data[0] if len(self.data) == 1 else b"".join(self.data)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the bytes."""
+        return sum(len(buffer) for buffer in self.data)
+
 
 @dataclass(slots=True)
 class Frame(Generic[M]):
@@ -54,14 +60,21 @@ class Frame(Generic[M]):
 
     def to_bytes(self) -> bytes:
         """Serialize; the payload is copied once."""
-        plain = self.message.SerializeToString()
-        return plain if self.payload is None else _splice(plain, _CHUNK_FIELD[type(self.message)], self.payload)
+        payload = self.payload
+        if payload is None:
+            return self.message.SerializeToString()
+        if payload.nbytes > SMALL:
+            return _splice(self.message.SerializeToString(), _CHUNK_FIELD[type(self.message)], payload)
+        self.message.chunk.CopyFrom(_chunk(payload, payload.buffer))
+        serialized = self.message.SerializeToString()
+        self.message.ClearField("chunk")
+        return serialized
 
     @classmethod
     def from_bytes(cls, kind: type[M], data: bytes) -> "Frame[M]":
         """Parse; the payload stays where it is. Raises InvalidChunk for what is not such a message."""
         try:
-            chunk = _only(data, _CHUNK_FIELD[kind])
+            chunk = _only(data, _CHUNK_FIELD[kind]) if len(data) > SMALL else None
             if chunk is None:
                 return cls._parse_whole(kind, data)
             outer, begin, end = chunk
@@ -130,15 +143,18 @@ class _MalformedError(ValueError):
 
 def _splice(plain: bytes, field: int, payload: Payload) -> bytes:
     """A serialized message with its chunk put in where protobuf would: fields go by number; `data`, if any, ends a chunk."""
-    segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]
-    head = Chunk(
-        segments=segments, replace=payload.replace, in_shared_memory=payload.in_shared_memory
-    ).SerializeToString()
-    size = sum(memoryview(buffer).nbytes for buffer in payload.data)
-    if size:
+    head = _chunk(payload).SerializeToString()
+    if size := payload.nbytes:
         head += _prefix(_DATA_FIELD, size)
     cut = next((begin for number, begin, _, _ in _fields(plain) if number > field), len(plain))
     return b"".join((plain[:cut], _prefix(field, len(head) + size), head, *payload.data, plain[cut:]))
+
+
+def _chunk(payload: Payload, data: Buffer = b"") -> Chunk:
+    segments = [Segment(tensor=run.tensor, offset=run.offset, count=run.size) for run in payload.runs]
+    return Chunk(
+        segments=segments, replace=payload.replace, in_shared_memory=payload.in_shared_memory, data=bytes(data)
+    )
 
 
 def _payload(chunk: Chunk, data: Buffer) -> Payload:

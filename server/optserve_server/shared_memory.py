@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._errors import ServerBusy
-from optserve._shared_memory import NUMBER_BYTES, TOKEN_BYTES
+from optserve._shared_memory import NUMBER_BYTES, TOKEN_BYTES, WORTHWHILE
 from optserve.v1 import step_pb2
 from optserve_server.engine.arena import padded
-from optserve_server.engine.buffers import Memory
+from optserve_server.engine.buffers import Memory, private
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.gate import Gate
 
@@ -55,7 +55,9 @@ class Segment:
 
 
 def shareable(nbytes: int) -> Memory:
-    """Memory that this process writes and others may read."""
+    """Memory that this process writes and others may read; a little is not worth a descriptor."""
+    if nbytes < WORTHWHILE:
+        return private(nbytes)
     segment = Segment(nbytes, shared_writing=False)
     return Memory(segment.array, segment)
 

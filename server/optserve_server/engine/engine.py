@@ -50,7 +50,7 @@ class Engine:
                 f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
                 "pass exist_ok=True to attach to it"
             )
-        for name in ("tensors", "optimizer", "groups", "holds"):
+        for name in ("tensors", "optimizer", "groups", "holds", "guard"):
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
                 if name == "tensors":

@@ -1,6 +1,6 @@
 """Groups: which tensor follows which hyperparameters, now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -56,10 +56,10 @@ def resolve(spec: ParameterSetSpec) -> tuple[TensorGroup, ...]:
     )
 
 
-def change(groups: Sequence[TensorGroup], changes: Mapping[str, Mapping[str, Any]]) -> tuple[TensorGroup, ...]:
+def change(groups: tuple[TensorGroup, ...], changes: Mapping[str, Mapping[str, Any]]) -> tuple[TensorGroup, ...]:
     """The groups with new hyperparameters; raises InvalidGroup or InvalidHyperparameter and leaves `groups` as they are."""
     if not changes:
-        return tuple(groups)
+        return groups
     names = [group.name for group in groups]
     for name in changes:
         if name not in names:

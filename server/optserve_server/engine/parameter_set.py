@@ -31,7 +31,6 @@ from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Planner, Update
 
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
-SMALL = 64 << 10  # bytes of parameters: below this, readers get a copy, which costs less than to keep account of them
 
 
 @dataclass(eq=False, slots=True)
@@ -67,7 +66,7 @@ class Draft:
     def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
         """Add an update."""
         self.groups = groups
-        self.position = replace(self.position, version=self.position.version + 1)
+        self.position = self.position.next()
         self.updates.append(planned)
         for index, memory in planned.memories.items():
             self.steps[index] += 1
@@ -212,8 +211,8 @@ class ParameterSet:
     def snapshot(self, *, pinned: bool = True, dtype: DType | None = None) -> Snapshot | None:
         """The tensors of the current version: parameters, or the updates of the last push.
 
-        If `pinned`, of a set that is not small, they are the set's own memory, to be released; None if too many versions are
-        being read. Otherwise they are a copy, which all who ask for it share, in elements of a smaller dtype if one is given.
+        If `pinned`, they are the set's own memory, to be released; None if too many versions are being read. Otherwise they
+        are a copy, which all who ask for it share, in elements of a smaller dtype if one is given.
         """
         with self._lock:
             self._check_alive()
@@ -230,8 +229,6 @@ class ParameterSet:
         return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self.spec.tensors)
 
     def _pin(self) -> Snapshot | None:
-        if self.layout.nbytes <= SMALL:
-            return self._copy(None)
         buffer = self._buffers.pin()
         if buffer is None:
             return None
@@ -352,25 +349,30 @@ class ParameterSet:
 
     def _decide(self, push: Push, draft: Draft) -> Receipt:
         """The receipt of a push that comes after those in the draft; if it is applied, the draft goes on with it."""
-        receipt = Receipt(
+        refusal, staleness = push.refusal, _staleness(push.base, draft.position)
+        if refusal is None:
+            refusal = self._advance(draft, push)
+        return Receipt(
             sequence=push.sequence,
             position=draft.position,
-            applied=False,
-            staleness=_staleness(push.base, draft.position),
+            applied=refusal is None,
+            staleness=staleness,
             gradient_norm=push.gradient_norm,
+            learning_rates={} if refusal else {group.name: group.optimizer.lr for group in draft.groups},
+            refusal=refusal,
         )
-        if push.refusal:
-            return replace(receipt, refusal=push.refusal)
+
+    def _advance(self, draft: Draft, push: Push) -> Refusal | None:
+        """Let the draft go on with a push, unless there is something wrong with that."""
         try:
             groups = change(draft.groups, push.changes)
             gradients, parameters = push.gradients, push.parameters
             self._check_parameters(gradients, parameters, groups)
             planned = self._planner.plan(groups, gradients, parameters, draft.steps, draft.memory, draft.updated)
         except InvalidArgument as error:
-            return replace(receipt, refusal=Refusal.of(error))
+            return Refusal.of(error)
         draft.advance(groups, planned)
-        rates = {group.name: group.optimizer.lr for group in groups}
-        return replace(receipt, position=draft.position, applied=True, learning_rates=rates)
+        return None
 
     def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
         """Become what the draft says; if that fails half way, nothing is ever read from this set again."""

@@ -85,8 +85,16 @@ class StagedTensor:
 class Staging:
     """A transfer of the given tensors: `add` chunks, then `finish`."""
 
-    def __init__(self, tensors: Sequence[TensorSpec], threads: Threads, formats: Sequence[Format | None] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorSpec],
+        threads: Threads,
+        formats: Sequence[Format | None] = (),
+        *,
+        guard: bool = True,
+    ) -> None:
         self._threads = threads
+        self._guards = guard
         self._formats = formats or [None] * len(tensors)
         blocks = 0
         self.tensors: list[StagedTensor] = []
@@ -135,7 +143,9 @@ class Staging:
             tensor.add(piece, replace=replace)
             if row := self._whole_blocks(tensor, piece):
                 rows.append(row)
-        if not replace:  # what is replaced may be replaced again in this very chunk: it waits for `finish`
+        if (
+            self._guards and not replace
+        ):  # what is replaced may be replaced again in this very chunk: it waits for `finish`
             self._guard(rows)
 
     def _tensor(self, run: Run) -> StagedTensor:
@@ -180,10 +190,14 @@ class Staging:
                     f"tensor {tensor.spec}: expected all of its {tensor.spec.size} elements before the commit; "
                     f"got {tensor.received}"
                 )
-        for tensor in self.tensors:
-            self._guard_remaining(tensor)
-        for tensor in self.tensors:
-            self._check_finite(tensor)
+        if not self._guards:
+            return
+        if not self._guarded.all():
+            for tensor in self.tensors:
+                self._guard_remaining(tensor)
+        if not np.isfinite(self._sums).all():
+            for tensor in self.tensors:
+                self._check_finite(tensor)
 
     def norm(self, tensors: Iterable[int]) -> float:
         """Euclidean norm of some of the tensors together, after `finish`; block sums are added in order."""

@@ -38,7 +38,7 @@ class Threads:
         Column 0 of a row is its first element, column 1 its number of elements. `addresses` says which columns advance
         along a row that is cut, and by how many bytes an element. Cuts are at multiples of `grain` elements.
         """
-        if self._pool is None or table[:, COUNT].sum() < inline:
+        if self._pool is None or _size(table) < inline:
             loop(table, *arguments)
         else:
             self._share(loop, split(table, addresses, self.count * SHARES, grain), arguments)
@@ -47,7 +47,7 @@ class Threads:
         self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
     ) -> None:
         """As `run`, for a table whose rows may name an element several times: its rows then act on it in their order."""
-        if self._pool is None or table[:, COUNT].sum() < inline:
+        if self._pool is None or _size(table) < inline:
             loop(table, *arguments)
         else:
             self._share(loop, split_in_order(table, addresses, self.count * SHARES), arguments)
@@ -74,9 +74,13 @@ class Threads:
             self._pool.shutdown()
 
 
+def _size(table: Table) -> int:
+    return int(table[0, COUNT]) if len(table) == 1 else int(table[:, COUNT].sum())
+
+
 def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACHE_LINE) -> list[Table]:
     """Cut a table's rows into at most about `parts` tables of equally many elements; see `Threads.run`."""
-    share = -(-int(table[:, COUNT].sum()) // (parts * grain)) * grain
+    share = -(-_size(table) // (parts * grain)) * grain
     pieces: list[list[list[int]]] = [[]]
     room = share
     for row in table.tolist():

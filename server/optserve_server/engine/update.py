@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import DType
+from optserve._dtypes import FLOAT32, FLOAT64, DType
 from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
@@ -18,6 +18,8 @@ from optserve_server.engine.threads import Table, Threads
 ROW_OF_SCALARS = 2  # column of an update's table
 ADDRESSES = (3, 4)  # columns that advance with the elements
 START_FROM_BEFORE = 5
+
+_LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOAT32, FLOAT64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,13 @@ class Planner:
         work.loop(work.table, work.scalars, arena[compute], arena[compute], *(slot[compute] for slot in slots))
 
     def _work(self, dtype: DType, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
-        with np.errstate(over="ignore"):
-            values = np.array(scalars, dtype.compute)
-        if not np.isfinite(values).all():
-            raise InvalidHyperparameter(
-                f"expected hyperparameters whose update can be computed in {dtype.compute.name}; some overflow: {scalars[0]}"
-            )
+        largest = _LARGEST[dtype.compute]
+        for row in scalars:
+            if not all(-largest <= value <= largest for value in row):
+                raise InvalidHyperparameter(
+                    f"expected hyperparameters whose update can be computed in {dtype.compute.name}; some overflow: {row}"
+                )
+        values = np.array(scalars, dtype.compute)
         loop = update_loop(self._rule, dtype, moments_only=self._moments_only)
         return Work(loop, dtype, np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), values)
 
