@@ -93,5 +93,5 @@ def test_workers_train_against_a_running_server_and_leave_nothing_behind(
 
 def test_every_rule_is_compared(tmp_path: Path) -> None:
     pictures = compare(steps=6, output=tmp_path / "all")
-    assert [picture.name for picture in pictures] == ["all-paths.png", "all-digits.png"]
+    assert [picture.name for picture in pictures] == ["all-paths.png", "all-digits.png", "all-formats.png"]
     assert all(picture.read_bytes().startswith(PNG) for picture in pictures)

@@ -9,11 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from optserve import optim
 from optserve_server.demo import plane
 from optserve_server.demo.digits import Array
 from optserve_server.demo.history import History
-from optserve_server.demo.lesson import WORKERS, Lesson
+from optserve_server.demo.lesson import Lesson
 from optserve_server.demo.plane import Descent
 
 BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"
@@ -46,23 +45,24 @@ def draw_descents(descents: Sequence[Descent], path: Path) -> None:
         panel.plot(*descent.points.T, "o-", color=BLUE, linewidth=1.3, markersize=3)
         panel.plot(*plane.START, "s", color=VERMILLION, markersize=6)
         panel.plot(0, 0, "+", color=INK, markersize=11)
-        _label(panel, descent.rule, f"f = {plane.height(*descent.points[-1]):.1g}")
+        outcome = f"f = {plane.height(*descent.points[-1]):.1g}"
+        _label(panel, descent.rule.rule, f"learning rate {descent.rule.lr:g}\n{outcome}")
     figure.supxlabel("x")
     figure.supylabel("y")
     _save(figure, path)
 
 
-def draw_lessons(lessons: Sequence[Lesson], path: Path) -> None:
-    """Each rule's loss on the digits, in front of all the others'."""
-    figure, panels = _small_multiples(len(lessons), f"{WORKERS} workers learn to read digits")
-    curves = [smoothed(lesson.losses) for lesson in lessons]
-    for panel, lesson, curve in zip(panels, lessons, curves, strict=True):
+def draw_lessons(title: str, lessons: Sequence[tuple[str, str, Lesson]], path: Path) -> None:
+    """The loss on the digits of each lesson, given with a name and a remark, in front of all the others'."""
+    figure, panels = _small_multiples(len(lessons), title)
+    curves = [smoothed(lesson.losses) for _, _, lesson in lessons]
+    for panel, (name, remark, lesson), curve in zip(panels, lessons, curves, strict=True):
         for other in curves:
             panel.plot(other, color=PALE, linewidth=0.8)
         panel.plot(curve, color=BLUE, linewidth=2.2)
         panel.set_yscale("log")
         panel.grid(axis="y", color=FAINT)
-        _label(panel, lesson.rule, f"test accuracy {lesson.accuracy:.1%}")
+        _label(panel, name, f"{remark}\ntest accuracy {lesson.accuracy:.1%}")
     figure.supxlabel("updates")
     figure.supylabel(f"training loss (nats), mean of {SMOOTHING} minibatches")
     _save(figure, path)
@@ -123,9 +123,8 @@ def _small_multiples(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _label(axes: Axes, rule: optim.Optimizer, outcome: str) -> None:
-    axes.set_title(rule.rule, loc="left", fontsize=11, fontweight="bold", color=INK)
-    text = f"learning rate {rule.lr:g}\n{outcome}"
+def _label(axes: Axes, name: str, text: str) -> None:
+    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top", fontsize=9, color=INK)
 
 
