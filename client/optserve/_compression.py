@@ -17,11 +17,15 @@ Floats = NDArray[np.float32]
 
 
 class Compressor:
-    """One handle's format, and what its pushes left unsaid so far: `residuals`, float32 [elements], by tensor."""
+    """One handle's format, and what its pushes left unsaid so far: `residuals`, float32 [elements], by tensor.
+
+    Two arrays for each tensor serve in turn, one to read and one to write, since a push may be refused.
+    """
 
     def __init__(self, format: Format) -> None:
         self.format = format
         self.residuals: dict[str, Floats] = {}
+        self.spares: dict[str, Floats] = {}
 
     def begin(self, gradients: Arrays) -> "CompressedPush":
         """A push of these gradients."""
@@ -52,7 +56,10 @@ class CompressedPush:
 
     def applied(self) -> None:
         """The server has taken the push in."""
-        self.compressor.residuals.update(self._residuals)
+        for name, residual in self._residuals.items():
+            self.compressor.spares[name] = self.compressor.residuals[name]
+            self.compressor.residuals[name] = residual
+        self._residuals = {}
 
     def _make(self) -> Iterator[Payload]:
         runs: list[Run] = []
@@ -75,12 +82,18 @@ class CompressedPush:
         size = encoder.format.encoded_size
         old = new = None
         if encoder.format.error_feedback:
-            old = self.compressor.residuals.get(name)
-            old = np.zeros_like(values) if old is None else old
-            new = self._residuals[name] = np.empty_like(values)
+            old = _kept(self.compressor.residuals, name, values.size)
+            new = self._residuals[name] = _kept(self.compressor.spares, name, values.size)
         step = max(1, CHUNK_BYTES // size(BLOCK)) * BLOCK
         for begin in range(0, values.size, step):
             piece = slice(begin, min(begin + step, values.size))
             out = np.empty(size(piece.stop - begin), np.uint8)
             encoder.encode(values[piece], None if old is None else old[piece], None if new is None else new[piece], out)
             yield Run(index, begin, piece.stop - begin), out.data
+
+
+def _kept(arrays: dict[str, Floats], name: str, size: int) -> Floats:
+    """The array of that name, zeros if it is new."""
+    if name not in arrays:
+        arrays[name] = np.zeros(size, np.float32)
+    return arrays[name]
