@@ -114,3 +114,37 @@ class Budget:
 def _break(each: socket.socket) -> None:
     with contextlib.suppress(OSError):
         each.shutdown(socket.SHUT_RDWR)
+
+
+def limited(connection: socket.socket, limit: int) -> socket.socket:
+    """The near end of a connection that carries `limit` bytes, both ways together, before it breaks."""
+    near, far = socket.socketpair()
+    left = [limit]
+    lock = threading.Lock()
+
+    def forward(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                with lock:
+                    allowed = data[: left[0]]
+                    left[0] -= len(allowed)
+                target.sendall(allowed)
+                if not left[0]:
+                    break
+        for each in (source, target):
+            _break(each)
+
+    threads = [
+        threading.Thread(target=forward, args=ends, daemon=True) for ends in ((far, connection), (connection, far))
+    ]
+    for thread in threads:
+        thread.start()
+    threading.Thread(target=_close_after, args=(threads, far, connection), daemon=True).start()
+    return near
+
+
+def _close_after(threads: list[threading.Thread], *sockets: socket.socket) -> None:
+    for thread in threads:
+        thread.join()
+    for each in sockets:
+        each.close()

@@ -1,8 +1,10 @@
 """A push is applied exactly once, whatever the connection loses."""
 
 import gc
+import itertools
 import random
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import optim
+from optserve import _local_channel, optim
+from optserve._shared_memory import connected
+from optserve.v1 import step_pb2
 from optserve_server import Config, Server
 from optserve_server.engine.threads import Threads
-from proxy import Proxy
+from proxy import Proxy, limited
 
 NewId = Callable[[], str]
 COUNTING = optim.SGD(lr=1.0, maximize=True)  # parameters add up the gradients
@@ -25,7 +29,11 @@ def test_a_push_whose_acknowledgement_is_lost_is_applied_once(
 ) -> None:
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
     ones = {"x": np.ones(4, np.float32)}
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         weights = client.parameter_set(direct.id)
         assert not weights.push(ones).duplicate
         proxy.swallow_answers()
@@ -47,7 +55,11 @@ def test_a_refusal_whose_answer_is_lost_is_the_same_refusal(
     """Also for a step, whose pull is then not answered, so that the pushes after it get their own receipts."""
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
     ones = {"x": np.ones(4, np.float32)}
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         weights = client.parameter_set(direct.id, client_id="refused")
         weights.push(ones)
         (entry,) = server._engine.get(direct.id)._sessions.copy()
@@ -65,30 +77,54 @@ def test_a_refusal_whose_answer_is_lost_is_the_same_refusal(
         assert not any(receipt.duplicate for receipt in receipts)
 
 
-@pytest.mark.parametrize(("transport", "most_bytes"), [("stream", 1_200_000), ("shared_memory", 2_500)])
+SIZE, PUSHES = 60_000, 40  # of the two tests that follow
+
+
 def test_steps_over_a_connection_that_breaks_anywhere_are_each_applied_once(
-    transport: str, most_bytes: int, server: Server, tcp_client: optserve.Client, new_id: NewId
+    server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     """Every connection carries a random number of bytes, so it breaks in requests, answers and handshakes alike."""
-    size, pushes = 60_000, 40
     randomness = random.Random(0)
-    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(size, np.float32)}, COUNTING)
-    limit = lambda: randomness.randrange(1_000, most_bytes)  # noqa: E731
-    with Proxy(server.address, limit) as proxy, optserve.Client(proxy.address, transport=transport) as client:
-        weights = client.parameter_set(direct.id)
-        duplicates = 0
-        for number in range(pushes):
-            gradient = np.zeros(size, np.float32)
-            gradient[number] = 1
-            receipt = weights.step({"x": gradient}).receipt
-            assert receipt is not None
-            assert (receipt.sequence, receipt.version) == (number + 1, number + 1)
-            duplicates += receipt.duplicate
+    direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(SIZE, np.float32)}, COUNTING)
+    limit = lambda: randomness.randrange(1_000, 20 * SIZE)  # noqa: E731
+    with (
+        Proxy(server.address, limit) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+    ):
+        check_steps_that_count(client.parameter_set(direct.id), direct)
         assert proxy.connections > 5
-        assert 0 < duplicates < pushes  # some answers were lost, some pushes had to be sent again
-    params = direct.pull()
-    np.testing.assert_array_equal(params["x"][:pushes], 1)
-    np.testing.assert_array_equal(params["x"][pushes:], 0)
+
+
+def test_steps_over_a_local_channel_that_breaks_anywhere_are_each_applied_once(
+    shared_memory_client: optserve.Client, new_id: NewId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    randomness = random.Random(0)
+    connections = itertools.count()
+
+    def breaking(offer: step_pb2.SharedMemory, number: int) -> socket.socket:
+        next(connections)
+        return limited(connected(offer, number), randomness.randrange(1, 700))
+
+    monkeypatch.setattr(_local_channel, "connected", breaking)
+    direct = shared_memory_client.create_parameter_set(new_id(), {"x": np.zeros(SIZE, np.float32)}, COUNTING)
+    check_steps_that_count(direct, shared_memory_client.parameter_set(direct.id))
+    assert next(connections) > 5
+
+
+def check_steps_that_count(weights: optserve.ParameterSet, other: optserve.ParameterSet) -> None:
+    """Every step adds one to an element of its own, once, though some answers are lost and some pushes sent again."""
+    duplicates = 0
+    for number in range(PUSHES):
+        gradient = np.zeros(SIZE, np.float32)
+        gradient[number] = 1
+        receipt = weights.step({"x": gradient}).receipt
+        assert receipt is not None
+        assert (receipt.sequence, receipt.version) == (number + 1, number + 1)
+        duplicates += receipt.duplicate
+    assert 0 < duplicates < PUSHES
+    params = other.pull()
+    np.testing.assert_array_equal(params["x"][:PUSHES], 1)
+    np.testing.assert_array_equal(params["x"][PUSHES:], 0)
 
 
 def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_can_be_settled(
@@ -96,7 +132,10 @@ def test_a_push_without_a_receipt_in_time_is_of_unknown_outcome_and_can_be_settl
 ) -> None:
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
     ones = {"x": np.ones(4, np.float32)}
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+    ):
         weights = client.parameter_set(direct.id)
         weights.push(ones)
         proxy.swallow_answers()
@@ -117,7 +156,10 @@ def test_a_push_whose_session_was_lost_can_not_be_settled(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     direct = tcp_client.create_parameter_set(new_id(), {"x": [0.0]}, COUNTING)
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+    ):
         weights = client.parameter_set(direct.id, client_id="shared")
         weights.push({"x": [1.0]})
         proxy.swallow_answers()
@@ -137,7 +179,10 @@ def test_a_push_that_never_arrived_settles_as_not_applied(
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
     ones = {"x": np.ones(4, np.float32)}
     limit = [1 << 30]
-    with Proxy(server.address, lambda: limit[0]) as proxy, optserve.Client(proxy.address, timeout=1.0) as client:
+    with (
+        Proxy(server.address, lambda: limit[0]) as proxy,
+        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+    ):
         weights = client.parameter_set(direct.id)
         weights.push(ones)
         limit[0] = 0  # from now on no connection carries anything
@@ -162,7 +207,11 @@ def test_closing_a_handle_ends_a_call_that_another_thread_waits_in(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     direct = tcp_client.create_parameter_set(new_id(), {"x": np.zeros(4, np.float32)}, COUNTING)
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         weights = client.parameter_set(direct.id)
         weights.push({"x": np.ones(4, np.float32)})
         proxy.swallow_answers()

@@ -315,7 +315,11 @@ def test_checkpoints_from_many_threads_and_deletions_do_not_mix(tmp_path: Path) 
 def test_a_step_of_moments_whose_updates_a_restart_lost_is_not_mistaken_for_one_without(tmp_path: Path) -> None:
     config = Config(listen="127.0.0.1:0", data_dir=tmp_path)
     server = Server(config).start()
-    with Proxy(server.address) as proxy, optserve.Client(proxy.address) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         weights = client.create_parameter_set("a", START, optim.SGD(), holds="moments")
         weights.step(ONES)
         proxy.swallow_answers()

@@ -19,7 +19,7 @@ from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepResponse
 
 Array = np.ndarray[Any, Any]
-PIECE = 2 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
+PIECE = 8 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
 
 _DTYPES = {BFloat16: BFLOAT16, Float16: FLOAT16}
 

@@ -27,6 +27,7 @@ from optserve._errors import (
     ServerDraining,
     ServerError,
 )
+from optserve._local_channel import LocalChannel
 from optserve._messages import (
     decode_position,
     decode_receipt,
@@ -214,24 +215,27 @@ class Session:
             self._stream.send([Frame(StepRequest(open=opening))])
             opened = self._stream.receive(deadline).message.opened
             self._adopt(opened, exchange)
-            self._carrier = self._carry(opened, self._stream)
+            self._carry(opened)
         return self._stream
 
-    def _carry(self, opened: step_pb2.Opened, stream: Stream) -> Chunks:
-        """How tensors will travel on a new stream; raises NoSharedMemory if nothing else was allowed."""
+    def _carry(self, opened: step_pb2.Opened) -> None:
+        """Decide how this stream goes on; raises NoSharedMemory if nothing else was allowed."""
+        self._carrier = Chunks(self._tensors, self._buffers, self._choice.pull_format)
         forced = self._choice.transport is Via.SHARED_MEMORY
-        worthwhile = forced or sum(spec.nbytes for spec in self._tensors) >= WORTHWHILE
-        try:
-            if opened.HasField("shared_memory") and worthwhile:
-                mappings = Mappings(opened.shared_memory, self._tensors)
-                release = functools.partial(stream.send, [Frame(StepRequest(release=True))])
-                return Segments(self._tensors, self._buffers, mappings, release)
+        if not opened.HasField("shared_memory"):
             if forced:
                 raise NoSharedMemory(f"the server offers no shared memory for set {self._set_id!r}")
+            return
+        assert self._stream is not None
+        try:
+            self._stream = LocalChannel(opened.shared_memory, self._stream, self._timeout)
+            if forced or sum(spec.nbytes for spec in self._tensors) >= WORTHWHILE:
+                mappings = Mappings(opened.shared_memory, self._tensors)
+                release = functools.partial(self._stream.send, [Frame(StepRequest(release=True))])
+                self._carrier = Segments(self._tensors, self._buffers, mappings, release)
         except NoSharedMemory:
             if forced:
                 raise
-        return Chunks(self._tensors, self._buffers, self._choice.pull_format)
 
     def _adopt(self, opened: step_pb2.Opened, exchange: Exchange) -> None:
         """Take over what the server knows of this session; raises RolledBack or OutcomeUnknown if it is too little."""

@@ -61,11 +61,21 @@ class Mappings:
         return np.frombuffer(mapped, np.uint8)
 
     def _receive(self, segment: int) -> int:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(ANSWER_SECONDS)
-            connection.connect(self._offer.socket)
-            connection.sendall(self._offer.token + segment.to_bytes(NUMBER_BYTES, "little"))
+        with connected(self._offer, segment) as connection:
             _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
             if not descriptors:
                 raise ConnectionError(f"it has no segment {segment}")
             return descriptors[0]
+
+
+def connected(offer: step_pb2.SharedMemory, number: int) -> socket.socket:
+    """A connection that has asked for a number; raises NoSharedMemory."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(ANSWER_SECONDS)
+        connection.connect(offer.socket)
+        connection.sendall(offer.token + number.to_bytes(NUMBER_BYTES, "little"))
+    except OSError as error:
+        connection.close()
+        raise NoSharedMemory(f"no shared memory with the server: {offer.socket}: {error}") from None
+    return connection

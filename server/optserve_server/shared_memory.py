@@ -17,7 +17,7 @@ import socketserver
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,8 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._errors import ServerBusy
+from optserve._local_channel import CHANNEL
 from optserve._shared_memory import NUMBER_BYTES, TOKEN_BYTES, WORTHWHILE
+from optserve._wire import Frame
 from optserve.v1 import step_pb2
+from optserve.v1.step_pb2 import StepRequest, StepResponse
+from optserve_server import local_channel
 from optserve_server.engine.arena import padded
 from optserve_server.engine.buffers import Memory, private
 from optserve_server.engine.parameter_set import ParameterSet
@@ -62,26 +66,32 @@ def shareable(nbytes: int) -> Memory:
     return Memory(segment.array, segment)
 
 
+Serve = Callable[[Iterator[Frame[StepRequest]]], Iterator[Frame[StepResponse]]]
+
+
 class Attachment:
     """What one stream shares with its worker: a segment for its gradients, and the set's parameters."""
 
-    def __init__(self, parameter_set: ParameterSet, room: Gate, socket: str, token: bytes) -> None:
+    def __init__(self, parameter_set: ParameterSet, serve: Serve, room: Gate, path: str, token: bytes) -> None:
         sizes = [padded(tensor.nbytes) for tensor in parameter_set.spec.tensors]
         self.offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
         self.gradients: Segment | None = None  # until the worker comes to get it, and so turns out to be on this host
         self.offer = step_pb2.SharedMemory(
-            socket=socket,
+            socket=path,
             token=token,
             gradient_segment=GRADIENTS,
             gradient_offsets=self.offsets,
             parameter_offsets=parameter_set.offsets,
         )
         self._set = parameter_set
+        self._serve = serve
         self._size = sum(sizes)
         self._room = room
         self._lock = threading.Lock()
         self._lasting = ExitStack()
         self._closed = False
+        self._channel: socket.socket | None = None
+        self._done = threading.Event()
 
     def find(self, number: int) -> Segment | None:
         """The segment of that number, if it is this stream's business; raises ServerBusy if there is no room for it."""
@@ -94,11 +104,26 @@ class Attachment:
                 self.gradients = Segment(self._size, shared_writing=True)
             return self.gradients
 
+    def serve(self, connection: socket.socket) -> None:
+        """Let the stream go on over a connection, until one of both ends."""
+        with self._lock:
+            if self._closed or self._channel is not None:
+                return
+            self._channel = connection
+        try:
+            local_channel.serve(connection, self._serve)
+        finally:
+            self._done.set()
+
     def close(self) -> None:
-        """The stream has ended."""
+        """The stream has ended, and with it what goes on over a connection."""
         with self._lock:
             self._closed = True
-            self._lasting.close()
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                self._channel.shutdown(socket.SHUT_RDWR)
+            self._done.wait()
+        self._lasting.close()
 
 
 class SharedMemory:
@@ -107,17 +132,17 @@ class SharedMemory:
     def __init__(self, max_bytes: int) -> None:
         self._room = Gate("bytes of shared memory", max_bytes)
         self._directory = tempfile.mkdtemp(prefix="optserve-")  # only this user can enter it
-        self._socket = str(Path(self._directory, "segments"))
+        self._path = str(Path(self._directory, "segments"))
         self._attachments: dict[bytes, Attachment] = {}
-        self._server = socketserver.ThreadingUnixStreamServer(self._socket, self._handler())
+        self._server = socketserver.ThreadingUnixStreamServer(self._path, self._handler())
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, name="optserve-segments", daemon=True).start()
 
     @contextmanager
-    def attached(self, parameter_set: ParameterSet) -> Iterator[Attachment]:
-        """Share memory with a stream as long as this lasts."""
+    def attached(self, parameter_set: ParameterSet, serve: Serve) -> Iterator[Attachment]:
+        """Share memory with a stream as long as this lasts, and let it go on over a local channel."""
         token = secrets.token_bytes(TOKEN_BYTES)
-        attachment = self._attachments[token] = Attachment(parameter_set, self._room, self._socket, token)
+        attachment = self._attachments[token] = Attachment(parameter_set, serve, self._room, self._path, token)
         try:
             yield attachment
         finally:
@@ -141,7 +166,10 @@ class SharedMemory:
                     request = connection.recv(TOKEN_BYTES + NUMBER_BYTES, socket.MSG_WAITALL)
                     attachment = attachments.get(request[:TOKEN_BYTES])
                     number = int.from_bytes(request[TOKEN_BYTES:], "little")
-                    if attachment is not None and (segment := attachment.find(number)) is not None:
+                    if attachment is not None and number == CHANNEL:
+                        connection.settimeout(None)
+                        attachment.serve(connection)
+                    elif attachment is not None and (segment := attachment.find(number)) is not None:
                         socket.send_fds(connection, [b"\0"], [segment.descriptor])
 
         return Handler

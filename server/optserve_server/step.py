@@ -45,16 +45,31 @@ class StepStream:
         self._attachment: Attachment | None = None
         self._push: Push | None = None
         self._declared: Sequence[Declared] = ()
+        self._local = False
+        self._lasting = ExitStack()
         self._held: Snapshot | None = None  # what the worker reads in shared memory
 
     def serve(self, frames: Iterator[Frame[StepRequest]]) -> Answers:
         """Answer frames until they end."""
-        with ExitStack() as lasting, ExitStack() as busy:
-            lasting.callback(self._let_go)
+        with ExitStack() as self._lasting:
+            self._lasting.callback(self._let_go)
+            yield from self._serve(frames, local=False)
+
+    def serve_locally(self, frames: Iterator[Frame[StepRequest]]) -> Answers:
+        """Take over: answer frames that come another way, while the stream stays open."""
+        self._local = True
+        return self._serve(frames, local=True)
+
+    def _serve(self, frames: Iterator[Frame[StepRequest]], *, local: bool) -> Answers:
+        with ExitStack() as busy:
             for frame in frames:
+                if self._local and not local:
+                    raise MessageOrder(
+                        "expected messages on the local channel only, since it has taken over this stream"
+                    )
                 message = frame.message
                 if message.HasField("open"):
-                    yield self._open(message.open, lasting)
+                    yield self._open(message.open)
                 if message.HasField("push"):
                     busy.enter_context(self._gate.room(self._begin(message.push)))
                 if frame.payload is not None:
@@ -73,7 +88,7 @@ class StepStream:
                 if message.release:
                     self._let_go()
 
-    def _open(self, message: step_pb2.Open, lasting: ExitStack) -> Frame[StepResponse]:
+    def _open(self, message: step_pb2.Open) -> Frame[StepResponse]:
         if self._set is not None:
             raise MessageOrder("expected `open` once, in a stream's first message; got it again")
         self._set = self._engine.get(message.parameter_set_id)
@@ -86,7 +101,8 @@ class StepStream:
             tensors=encode_tensors(self._set.spec.tensors),
         )
         if message.shared_memory and self._shared_memory is not None:
-            self._attachment = lasting.enter_context(self._shared_memory.attached(self._set))
+            attached = self._shared_memory.attached(self._set, self.serve_locally)
+            self._attachment = self._lasting.enter_context(attached)
             opened.shared_memory.CopyFrom(self._attachment.offer)
         return Frame(StepResponse(opened=opened))
 
