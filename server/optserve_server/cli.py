@@ -43,6 +43,12 @@ def serve(
     max_bytes_in_flight: Annotated[
         int, typer.Option(help="Bytes of gradients that may be under way at a time.")
     ] = DEFAULT.max_bytes_in_flight,
+    max_shared_memory: Annotated[
+        int, typer.Option(help="Bytes that workers on this host may hold for gradients in shared memory; 0: none.")
+    ] = DEFAULT.max_shared_memory,
+    upload_timeout: Annotated[
+        float, typer.Option(help="Seconds after which an upload that makes no progress is ended.")
+    ] = DEFAULT.upload_timeout,
     grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
     log_level: Annotated[
         str, typer.Option(envvar="OPTSERVE_LOG_LEVEL", help="debug, info, warning or error.")
@@ -62,6 +68,8 @@ def serve(
             threads=threads,
             max_streams=max_streams,
             max_bytes_in_flight=max_bytes_in_flight,
+            max_shared_memory=max_shared_memory,
+            upload_timeout=upload_timeout,
             grace=grace,
         )
         server = Server(config)
@@ -80,7 +88,9 @@ def demo(
         str | None, typer.Option(envvar="OPTSERVE_ADDRESS", help="A running server; by default one is started.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the picture.", show_default=False)] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Train with every rule and draw how they differ.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train with every rule and format, and draw how they differ.")
+    ] = False,
 ) -> None:
     """Train a network that reads handwritten digits, with worker processes against a server."""
     with _reported(ModuleNotFoundError, hint="install optserve[demo]"):
