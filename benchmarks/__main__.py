@@ -1,13 +1,26 @@
 """`python -m benchmarks [rules] [wire]`: what is named, or everything, in one run."""
 
+import argparse
 import os
-import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: its idle threads spin otherwise
 
 from benchmarks import rules, wire
 
-BENCHMARKS = {"rules": rules.run, "wire": wire.run}
-
-for name in sys.argv[1:] or BENCHMARKS:
-    BENCHMARKS[name]()
+parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; by default everything.")
+parser.add_argument("names", nargs="*", choices=("rules", "wire"))
+parser.add_argument(
+    "--sizes",
+    nargs="+",
+    type=int,
+    choices=wire.EFFORTS,
+    default=list(wire.EFFORTS),
+    metavar="N",
+    help=f"of {', '.join(map(str, wire.EFFORTS))} parameters; a run on the wire with some of them is shown, but not kept",
+)
+arguments = parser.parse_args()
+names = arguments.names or ["rules", "wire"]
+if "rules" in names:
+    rules.run()
+if "wire" in names:
+    wire.run(arguments.sizes)

@@ -1,11 +1,15 @@
 """A contender in a process of its own, where its threads and its runtime meet no other's.
 
+It is stopped while it has no turn, with the processes it started: some spin when they have nothing to do, as torch RPC does on
+one host, and would take the processors from those who work.
+
 `python -m benchmarks.contender MODULE SIZE` enters the module's `contender(SIZE)`, a context that gives a function which
 does one step. It prints `ready`; then, for each line on stdin, a number of steps, it does them and prints their seconds.
 """
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +45,13 @@ def started(module: str, size: int) -> Iterator[Callable[[int], list[float]] | M
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            process_group=0,
         ) as process,
     ):
         requests, answers = process.stdin, process.stdout
@@ -49,14 +59,16 @@ def started(module: str, size: int) -> Iterator[Callable[[int], list[float]] | M
         assert answers is not None
 
         def run(steps: int) -> list[float]:
-            print(steps, file=requests, flush=True)
-            seconds = [float(text) for text in answers.readline().split()]
+            with _signalled(process.pid, signal.SIGCONT, signal.SIGSTOP):
+                print(steps, file=requests, flush=True)
+                seconds = [float(text) for text in answers.readline().split()]
             if len(seconds) != steps:
                 raise RuntimeError(f"{module} ended: {_last_line(errors)}")
             return seconds
 
         if answers.readline().strip() == READY:
-            yield run
+            with _signalled(process.pid, signal.SIGSTOP, signal.SIGCONT):
+                yield run
         else:
             process.wait()
             yield Missing(_last_line(errors))
@@ -77,6 +89,15 @@ def main(module: str, size: int) -> None:
         print(READY, flush=True)
         for line in sys.stdin:
             print(*[timed(step) for _ in range(int(line))], flush=True)
+
+
+@contextmanager
+def _signalled(group: int, begin: signal.Signals, end: signal.Signals) -> Iterator[None]:
+    os.killpg(group, begin)
+    try:
+        yield
+    finally:
+        os.killpg(group, end)
 
 
 def _last_line(errors: IO[str]) -> str:

@@ -1,8 +1,6 @@
 """Interleaved timing: every contender runs in every round, so that a noisy machine disturbs all of them alike."""
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks import machine
 from benchmarks.contender import Missing, started, timed
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,19 +16,23 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each step, in the order of the rounds."""
+    """Seconds of a step in each round: the median, where a round has a batch of steps."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Median over the steps."""
+        """Median over the rounds."""
         return statistics.median(self.seconds)
 
     def ratio(self, other: "Timing") -> tuple[float, float, float]:
-        """This ÷ the other, step by step: lower quartile, median, upper quartile."""
+        """This ÷ the other, round by round: lower quartile, median, upper quartile."""
         ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
         return ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+
+
+Timings = Mapping[str, Timing | Missing]  # by contender
+Results = Mapping[int, Timings]  # by size
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, Timing]:
@@ -39,10 +42,11 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, war
 
 def interleaved_processes(
     modules: Mapping[str, str], size: int, rounds: int, batch: int = 1, warm_up: int = 2
-) -> dict[str, Timing | Missing]:
+) -> Timings:
     """Time `batch` steps of each contender, a module in a process of its own, in each round.
 
-    Steps that are shorter than a switch between processes need a batch: the first of them finds cold caches.
+    Steps that are shorter than a switch between processes need a batch: the first of them finds cold caches, which the
+    median of the batch leaves out.
     """
     with ExitStack() as stack:
         contenders = {name: stack.enter_context(started(module, size)) for name, module in modules.items()}
@@ -56,8 +60,8 @@ def keep(name: str, figures: object) -> Path:
     """Write figures as JSON, with what they were measured on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    machine = {"processors": os.cpu_count(), "python": platform.python_version(), "system": platform.machine()}
-    path.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2, ensure_ascii=False) + "\n")
+    content = {"machine": machine.description(), "figures": figures}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
@@ -73,6 +77,6 @@ def _rounds(turns: Mapping[str, Callable[[], Iterable[float]]], rounds: int, war
         for name in names:
             steps = turns[name]()
             if round_number >= warm_up:
-                seconds[name].extend(steps)
+                seconds[name].append(statistics.median(steps))
         names = names[1:] + names[:1]
     return {name: Timing(tuple(values)) for name, values in seconds.items()}

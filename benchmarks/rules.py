@@ -6,6 +6,7 @@ way, moves its 12 bytes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def run(rounds: int = 15) -> None:
     Console().print(f"kept in {keep('rules', figures)}")
 
 
-def _figures(timings: dict[str, Timing], moved: int, roofline: tuple[float, float, float]) -> dict[str, object]:
+def _figures(timings: dict[str, Timing], moved: int, roofline: tuple[float, float, float]) -> dict[str, Any]:
     return {
         "bytes_per_parameter": moved,
         "of_roofline": roofline,

@@ -1,110 +1,133 @@
-"""A step over TCP on one host, from a thousand parameters to 25 million: Adam on a server, gradients there, parameters back.
+"""One optimizer step, from a thousand parameters to a hundred million: a gradient goes there, parameters come back.
 
-Beside it, in the same rounds: a raw socket that echoes the same bytes, a gRPC Python stream that does, the engine inside this
-process, and `torch.optim.Adam(fused=True)` with nothing remote.
+All on one host, everyone in processes of their own and in the same rounds: optserve's ways to do it; Adam and who else brings
+it to several processes; and programs that only send the bytes back.
 """
 
-import queue
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import grpc
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-import optserve
-from benchmarks.measure import Timing, interleaved, keep
-from benchmarks.peers import raw_echo, stream_echo
-from benchmarks.rules import torch_adam
-from optserve import optim
+from benchmarks import picture, tables
+from benchmarks.measure import RESULTS, Results, Timing, Timings, interleaved_processes, keep
+from benchmarks.units import count
 
-SIZES = {1_000: 1000, 100_000: 200, 2_500_000: 40, 25_000_000: 15}  # parameters: rounds
-LARGEST_MESSAGE = 10_000_000  # bytes: above, one message is not how anyone would send them
+Quartiles = tuple[float, float, float]
 
 
-@contextmanager
-def process(module: str, *arguments: str) -> Iterator[str]:
-    """A program that prints `listening on ADDRESS`; gives the address."""
-    command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as program:
-        assert program.stdout is not None
-        try:
-            yield program.stdout.readline().split()[-1]
-        finally:
-            program.terminate()
+@dataclass(frozen=True)
+class Effort:
+    """How often a size is measured: rounds, and steps in a row of each contender in a round.
+
+    Not `together`, a contender has its rounds before the next one starts: memory would not hold them all.
+    """
+
+    rounds: int
+    batch: int
+    together: bool = True
 
 
-def raw(gradient: np.ndarray, stack: ExitStack) -> Callable[[], object]:
-    """The same bytes over a raw socket, there and back."""
-    host, _, port = stack.enter_context(process("benchmarks.peers.raw_echo", str(gradient.nbytes))).rpartition(":")
-    connection = stack.enter_context(socket.create_connection((host, int(port))))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    back = memoryview(bytearray(gradient.nbytes))
+EFFORTS = {
+    1_000: Effort(30, 50),
+    10_000: Effort(30, 50),
+    100_000: Effort(30, 20),
+    1_000_000: Effort(30, 10),
+    10_000_000: Effort(20, 3),
+    25_000_000: Effort(15, 3),
+    100_000_000: Effort(5, 1, together=False),
+}  # by number of parameters
 
-    def echo() -> None:
-        connection.sendall(gradient.data)
-        raw_echo.receive(connection, back)
+OURS = {
+    "optserve, shared memory": "benchmarks.ours.shared_memory",
+    "optserve, shared, copied": "benchmarks.ours.shared_memory_copied",
+    "optserve, TCP": "benchmarks.ours.tcp",
+    "optserve, TCP, bf16": "benchmarks.ours.tcp_bfloat16",
+    "optserve, TCP, int8/bf16": "benchmarks.ours.tcp_int8",
+    "optserve, in process": "benchmarks.ours.in_process",
+}
+OTHERS = {
+    "torch Adam, local": "benchmarks.peers.local_adam",
+    "gloo all-reduce": "benchmarks.peers.gloo",
+    "torch RPC": "benchmarks.peers.torch_rpc",
+    "Ray actor": "benchmarks.peers.ray_actor",
+}
+ECHOES = {
+    "raw TCP echo": "benchmarks.peers.raw_echo",
+    "gRPC stream echo": "benchmarks.peers.stream_echo",
+    "Arrow Flight echo": "benchmarks.peers.arrow_flight",
+}
 
-    return echo
+COMPARISONS = {
+    1_000: [
+        ("optserve, TCP", "gRPC stream echo"),
+        ("torch RPC", "optserve, TCP"),
+        ("Ray actor", "optserve, TCP"),
+    ],
+    25_000_000: [
+        ("optserve, TCP", "raw TCP echo"),
+        ("torch RPC", "optserve, TCP"),
+        ("optserve, shared memory", "torch Adam, local"),
+        ("optserve, shared, copied", "torch Adam, local"),
+        ("optserve, TCP, bf16", "optserve, TCP"),
+        ("optserve, TCP, int8/bf16", "optserve, TCP"),
+    ],
+}  # by number of parameters
 
-
-def stream(gradient: np.ndarray, stack: ExitStack) -> Callable[[], object]:
-    """The same bytes as one message each way on an open gRPC stream."""
-    channel = stack.enter_context(
-        grpc.insecure_channel(stack.enter_context(process("benchmarks.peers.stream_echo")), stream_echo.OPTIONS)
-    )
-    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    answers = channel.stream_stream(stream_echo.METHOD)(iter(requests.get, None))
-    stack.callback(requests.put, None)
-
-    def echo() -> None:
-        requests.put(gradient.tobytes())
-        next(answers)
-
-    return echo
-
-
-def served(gradient: np.ndarray, address: str, stack: ExitStack) -> Callable[[], object]:
-    """A step of optserve."""
-    client = stack.enter_context(optserve.Client(address))
-    weights = client.create_parameter_set("bench", {"x": np.zeros_like(gradient)}, optim.Adam())
-    return lambda: weights.step({"x": gradient})
-
-
-def run() -> None:
-    """Measure every size."""
-    optserve.keep_freed_memory()
-    table = Table(title="one step, both ways, medians")
-    for column in ("parameters", "raw echo", "gRPC echo", "in process", "torch, local", "optserve, TCP", "÷ raw echo"):
-        table.add_column(column, justify="right")
-    figures = {}
-    for size, rounds in SIZES.items():
-        timings = _measure(np.random.default_rng(0).normal(size=size).astype(np.float32), rounds)
-        low, median, high = timings["optserve, TCP"].ratio(timings["raw echo"])
-        figures[size] = {name: timing.seconds for name, timing in timings.items()}
-        cells = [_seconds(timings.get(column.header)) for column in table.columns[1:-1]]
-        table.add_row(f"{size:,}", *cells, f"{median:.2f} ({low:.2f}-{high:.2f})")
-    Console().print(table)
-    Console().print(f"kept in {keep('wire', figures)}")
-
-
-def _measure(gradient: np.ndarray, rounds: int) -> dict[str, Timing]:
-    with ExitStack() as stack:
-        contenders = {"raw echo": raw(gradient, stack)}
-        if gradient.nbytes <= LARGEST_MESSAGE:
-            contenders["gRPC echo"] = stream(gradient, stack)
-        contenders["in process"] = served(gradient, ":memory:", stack)
-        contenders["torch, local"] = torch_adam(gradient)
-        address = stack.enter_context(process("optserve_server", "serve", "--listen", "127.0.0.1:0"))
-        contenders["optserve, TCP"] = served(gradient, address, stack)
-        return interleaved(contenders, rounds, warm_up=3)
+NOTES = (
+    "Adam on one float32 tensor; torch's is fused. Everything is on one host, and TCP is loopback. At 100 M, contenders run "
+    "one after another, at fewer they take turns.",
+    'optserve checks every gradient: finite, norm, digest. "Shared memory" computes the gradient in the handle\'s buffer and '
+    'reads parameters in place, "copied" takes and returns ordinary arrays; "int8/bf16" is int8 there, bfloat16 back.',
+    "Not TCP: on one host torch RPC sends control messages, and Ray its arrays, through shared memory.",
+    "gloo: two workers average over TCP, then each updates all parameters on its share of the processors.",
+    "Echoes do no work. The gRPC stream returns each message as it arrives, the other two begin when they have everything.",
+)
 
 
-def _seconds(timing: Timing | None) -> str:
-    if timing is None:
-        return "—"
-    return f"{timing.median * 1e3:.1f} ms" if timing.median > 1e-3 else f"{timing.median * 1e6:.0f} µs"
+def run(sizes: Sequence[int]) -> None:
+    """Measure these sizes and show the figures; keep them if they are all."""
+    console = Console()
+    results = {}
+    for size in sizes:
+        with console.status(f"one step of {count(size)} parameters"):
+            results[size] = measured(size)
+    ratios = {size: compared(size, timings) for size, timings in results.items() if size in COMPARISONS}
+    console.print(tables.medians((OURS, OTHERS, ECHOES), results))
+    if ratios:
+        console.print(tables.quartiles(ratios))
+    for line in (*tables.missing(results), *NOTES):
+        console.print(f"· {line}", highlight=False, markup=False)
+    if len(results) == len(EFFORTS):
+        console.print(f"kept in {keep('wire', figures(results, ratios))}")
+        picture.draw(OURS, results, RESULTS / "wire.png")
+
+
+def measured(size: int) -> Timings:
+    """Time all contenders."""
+    effort, contenders = EFFORTS[size], OURS | OTHERS | ECHOES
+    if effort.together:
+        return interleaved_processes(contenders, size, effort.rounds, effort.batch)
+    return {
+        name: interleaved_processes({name: module}, size, effort.rounds, effort.batch)[name]
+        for name, module in contenders.items()
+    }
+
+
+def compared(size: int, timings: Timings) -> dict[str, Quartiles]:
+    """The ratios that matter at this size, of those contenders that are there."""
+    found = {}
+    for name, other in COMPARISONS[size]:
+        above, below = timings[name], timings[other]
+        if isinstance(above, Timing) and isinstance(below, Timing):
+            found[f"{name} ÷ {other}"] = above.ratio(below)
+    return found
+
+
+def figures(results: Results, ratios: Mapping[int, Mapping[str, Quartiles]]) -> dict[str, object]:
+    """What is kept: seconds of a step in each round, by size and contender; and quartiles of the ratios."""
+    seconds = {
+        size: {name: timing.seconds for name, timing in timings.items() if isinstance(timing, Timing)}
+        for size, timings in results.items()
+    }
+    return {"seconds": seconds, "ratios": ratios}

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from benchmarks.peers.gradient import gradient
-from benchmarks.peers.local_adam import Adam
+from benchmarks.peers.local_adam import PROCESSORS, Adam
 from benchmarks.peers.process import spawned
 
 WORKERS = 2
@@ -44,7 +44,7 @@ def work(parent: Connection, size: int, meeting_point: str) -> None:
 def worker(rank: int, size: int, meeting_point: str) -> Callable[[], torch.Tensor]:
     """Join the group; returns a function that averages and updates, on this worker's share of the processors."""
     distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=WORKERS)
-    adam, mean = Adam(size, threads=1), torch.from_numpy(gradient(size))
+    adam, mean = Adam(size, threads=max(1, PROCESSORS // WORKERS)), torch.from_numpy(gradient(size))
 
     def step() -> torch.Tensor:
         distributed.all_reduce(mean)

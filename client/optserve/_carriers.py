@@ -106,13 +106,16 @@ class Segments(Chunks):
         self.gradients = mappings.gradients
 
     def payloads(self, push: Sent) -> Iterator[Payload]:
+        names = [name for name in push.gradients if name in self._indices]
+        specs = {name: self._tensors[self._indices[name]] for name in names}
+        if any(specs.get(name) != TensorSpec.of(name, array) for name, array in push.gradients.items()):
+            yield from super().payloads(push)  # the server says what is wrong with it
+            return
         lying: list[Run] = []
-        for k, (name, array) in enumerate(push.gradients.items()):
-            index = self._indices.get(name)
-            if index is None or self._tensors[index] != TensorSpec.of(name, array):
-                yield from super().payloads(push)  # the server says what is wrong with it
-                return
-            target = self._mappings.gradients[index]
+        places = {name: self._mappings.gradients[self._indices[name]] for name in names}
+        gradients = {name: self._readable(array, places[name]) for name, array in push.gradients.items()}
+        for k, (name, array) in enumerate(gradients.items()):
+            target = places[name]
             if _address(array) == _address(target):
                 lying += [Run(k, 0, array.size)] if array.size else []
                 continue
@@ -129,6 +132,11 @@ class Segments(Chunks):
             (len(push.gradients) + k, bytes_of(array), array.itemsize)
             for k, array in enumerate(push.parameters.values())
         )
+
+    def _readable(self, array: Array, place: Array) -> Array:
+        """A gradient, copied if it lies where another tensor's is about to be written."""
+        misplaced = self._mappings.contains(array) and _address(array) != _address(place)
+        return array.copy() if misplaced else array
 
     def ask(self, pull: step_pb2.Pull) -> None:
         pull.in_shared_memory = True

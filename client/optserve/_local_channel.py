@@ -15,7 +15,6 @@ from optserve._errors import (
     STATUS_NUMBERS,
     DeadlineExceeded,
     InvalidChunk,
-    NoSharedMemory,
     OptserveError,
     ServerUnavailable,
     error_from,
@@ -41,7 +40,7 @@ class Beside(Protocol):
 
 
 class LocalChannel:
-    """A Step stream; raises NoSharedMemory if the server can't be reached so."""
+    """A Step stream; raises NoSharedMemory if the server can't be reached so, ServerUnavailable if it has ended it."""
 
     def __init__(self, offer: step_pb2.SharedMemory, beside: Beside, timeout: float) -> None:
         self._address = offer.socket
@@ -50,8 +49,8 @@ class LocalChannel:
         self._incoming = cast("BinaryIO", self._connection.makefile("rb", buffering=BUFFER_BYTES))
         # Nobody may hold this any more and never have closed it.
         self._end = weakref.finalize(self, _end, self._connection, self._incoming, beside)
-        if self._incoming.read(1) != b"\0":
-            raise NoSharedMemory(f"no local channel to the server: {self._address} closed it")
+        if not self._incoming.read(1):
+            raise ServerUnavailable(f"{self._address} closed the connection: this stream has ended")
 
     def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
         try:

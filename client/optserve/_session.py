@@ -26,6 +26,7 @@ from optserve._errors import (
     ServerBusy,
     ServerDraining,
     ServerError,
+    ServerUnavailable,
 )
 from optserve._local_channel import LocalChannel
 from optserve._messages import (
@@ -135,6 +136,7 @@ class Session:
         self._tensors: tuple[TensorSpec, ...] = ()
         self._buffers = Buffers()
         self._carrier: Chunks | None = None  # of this stream
+        self._without_shared_memory = False  # since it failed before
         self._gradients: dict[str, np.ndarray[Any, Any]] = {}
 
     def exchange(
@@ -210,7 +212,7 @@ class Session:
                 parameter_set_id=self._set_id,
                 client_id=self._client_id,
                 epoch=self._epoch,
-                shared_memory=self._choice.shared_memory,
+                shared_memory=self._choice.shared_memory and not self._without_shared_memory,
             )
             self._stream.send([Frame(StepRequest(open=opening))])
             opened = self._stream.receive(deadline).message.opened
@@ -365,7 +367,11 @@ class Session:
         position = decode_position(header.position)
         if header.unchanged:
             return None
-        arrays = self._carrier.receive(header, _until_end(stream, answer, deadline), copy=exchange.pull.copy)
+        try:
+            arrays = self._carrier.receive(header, _until_end(stream, answer, deadline), copy=exchange.pull.copy)
+        except NoSharedMemory as error:  # after a push that is done: fetch them again, another way
+            self._without_shared_memory = self._choice.transport is Via.AUTO
+            raise ServerUnavailable(str(error)) from error
         self._base = self._latest = position
         names = (self._tensors[index].name for index in header.tensors)
         return Parameters(dict(zip(names, arrays, strict=True)), position, exchange.receipt)

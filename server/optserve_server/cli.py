@@ -1,7 +1,6 @@
 """The command line: `optserve serve`, `optserve demo`, and what an operator asks of a running server."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -58,9 +57,9 @@ def serve(
     with _reported(ValueError):
         logs.configure(log_level)
     optserve.keep_freed_memory()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Blocked in every thread, they wait for `sigwait`. A handler would run in the middle of anything, a lock's code included.
+    stopping = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     with _reported(ValueError, OSError):
         config = Config(
             listen=listen,
@@ -75,7 +74,7 @@ def serve(
         server = Server(config)
     with server:
         print(f"listening on {server.address}", flush=True)  # for scripts that asked for a free port
-        stop.wait()
+        signal.sigwait(stopping)
 
 
 @app.command()

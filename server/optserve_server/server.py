@@ -1,5 +1,6 @@
 """The server: an engine behind gRPC, with health and reflection."""
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         with ExitStack() as acquired:  # given back if this server can't be built
-            self._shared_memory = SharedMemory(config.max_shared_memory) if config.max_shared_memory else None
+            self._shared_memory = _shared_memory(config.max_shared_memory)
             if self._shared_memory is not None:
                 acquired.callback(self._shared_memory.close)
             self._engine = Engine(config.threads, private if self._shared_memory is None else shareable)
@@ -144,6 +145,15 @@ class Server:
     def _set_health(self, status: Any) -> None:
         for name in ("", SERVICE.full_name):
             self._health.set(name, status)
+
+
+def _shared_memory(max_bytes: int) -> SharedMemory | None:
+    """Shared memory, if it is wanted and can be had: workers do without."""
+    try:
+        return SharedMemory(max_bytes) if max_bytes and hasattr(os, "memfd_create") else None
+    except OSError as error:  # a temporary directory whose path is too long for a socket, for one
+        log.warning("no shared memory", reason=str(error))
+        return None
 
 
 def _handlers(service: OptimizerService, stalls: Stalls) -> grpc.GenericRpcHandler:

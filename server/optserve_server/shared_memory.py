@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from optserve._errors import ServerBusy
 from optserve._local_channel import CHANNEL
-from optserve._shared_memory import NUMBER_BYTES, TOKEN_BYTES, WORTHWHILE
+from optserve._shared_memory import NOTHING, NUMBER_BYTES, SOMETHING, TOKEN_BYTES, WORTHWHILE
 from optserve._wire import Frame
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
@@ -134,8 +134,7 @@ class SharedMemory:
         self._directory = tempfile.mkdtemp(prefix="optserve-")  # only this user can enter it
         self._path = str(Path(self._directory, "segments"))
         self._attachments: dict[bytes, Attachment] = {}
-        self._server = socketserver.ThreadingUnixStreamServer(self._path, self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(self._path, self._handler())
         threading.Thread(target=self._server.serve_forever, name="optserve-segments", daemon=True).start()
 
     @contextmanager
@@ -162,14 +161,40 @@ class SharedMemory:
             def handle(self) -> None:
                 connection: socket.socket = self.request
                 connection.settimeout(REQUEST_SECONDS)
-                with contextlib.suppress(OSError, ServerBusy):  # who gets no answer sends its tensors instead
-                    request = connection.recv(TOKEN_BYTES + NUMBER_BYTES, socket.MSG_WAITALL)
+                with contextlib.suppress(OSError):
+                    request = _received(connection, TOKEN_BYTES + NUMBER_BYTES)
                     attachment = attachments.get(request[:TOKEN_BYTES])
+                    if attachment is None or len(request) < TOKEN_BYTES + NUMBER_BYTES:
+                        return
                     number = int.from_bytes(request[TOKEN_BYTES:], "little")
-                    if attachment is not None and number == CHANNEL:
+                    if number == CHANNEL:
                         connection.settimeout(None)
                         attachment.serve(connection)
-                    elif attachment is not None and (segment := attachment.find(number)) is not None:
-                        socket.send_fds(connection, [b"\0"], [segment.descriptor])
+                    else:
+                        _hand_out(connection, attachment, number)
 
         return Handler
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    request_queue_size = 1024  # workers that come all at once
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    """As many bytes, or fewer if the connection ends."""
+    data = b""
+    while len(data) < size and (more := connection.recv(size - len(data))):
+        data += more
+    return data
+
+
+def _hand_out(connection: socket.socket, attachment: Attachment, number: int) -> None:
+    try:
+        segment = attachment.find(number)
+    except (ServerBusy, OSError):  # no room, no descriptors, no memory
+        segment = None
+    if segment is None:
+        connection.sendall(NOTHING)
+    else:
+        socket.send_fds(connection, [SOMETHING], [segment.descriptor])

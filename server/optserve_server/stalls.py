@@ -16,7 +16,7 @@ class Call(Protocol):
 
 
 class Watch:
-    """Over one call: `progress` whenever something has come, `rest` while nothing is expected."""
+    """Over one call: `progress` whenever more is waited for, `rest` while nothing is."""
 
     def __init__(self) -> None:
         self.since: float | None = None
@@ -29,8 +29,9 @@ class Watch:
         """Messages that come one after the other until they end."""
         self.progress()
         for message in messages:
-            self.progress()
+            self.rest()
             yield message
+            self.progress()
         self.rest()
 
     def rest(self) -> None:

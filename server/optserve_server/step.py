@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from optserve._dtypes import DType
-from optserve._errors import InvalidArgument, MessageOrder, ServerBusy, ServerUnavailable
+from optserve._errors import InvalidArgument, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
     decode_changes,
     decode_format,
@@ -52,7 +52,7 @@ class StepStream:
     def serve(self, frames: Iterator[Frame[StepRequest]]) -> Answers:
         """Answer frames until they end."""
         with ExitStack() as self._lasting:
-            self._lasting.callback(self._let_go)
+            self._lasting.callback(self._forget)
             yield from self._serve(frames, local=False)
 
     def serve_locally(self, frames: Iterator[Frame[StepRequest]]) -> Answers:
@@ -63,6 +63,7 @@ class StepStream:
     def _serve(self, frames: Iterator[Frame[StepRequest]], *, local: bool) -> Answers:
         with ExitStack() as busy:
             for frame in frames:
+                self._watch.rest()
                 if self._local and not local:
                     raise MessageOrder(
                         "expected messages on the local channel only, since it has taken over this stream"
@@ -75,7 +76,6 @@ class StepStream:
                 if frame.payload is not None:
                     self._add(frame.payload)
                 if message.commit:
-                    self._watch.rest()
                     yield from self._commit(message.pull if message.HasField("pull") else None)
                     busy.close()
                 elif message.HasField("pull"):
@@ -83,10 +83,10 @@ class StepStream:
                     if self._push is not None:
                         raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `pull`")
                     yield from self._answer(parameter_set, message.pull)
-                elif self._push is not None:
-                    self._watch.progress()
                 if message.release:
                     self._let_go()
+                if self._push is not None:
+                    self._watch.progress()
 
     def _open(self, message: step_pb2.Open) -> Frame[StepResponse]:
         if self._set is not None:
@@ -154,16 +154,18 @@ class StepStream:
         frame = Frame(StepResponse())
         if receipt is not None:
             frame.message.receipt.CopyFrom(encode_receipt(receipt))
-        position = parameter_set.position
-        if pull.HasField("newer_than") and not position.newer_than(decode_position(pull.newer_than)):
-            frame.message.parameters.position.CopyFrom(encode_position(position))
-            frame.message.parameters.unchanged = frame.message.end = True
-            yield frame
-            return
         with ExitStack() as reading:
+            if snapshot is not None:
+                reading.callback(parameter_set.release, snapshot)
+            position = parameter_set.position
+            if pull.HasField("newer_than") and not position.newer_than(decode_position(pull.newer_than)):
+                frame.message.parameters.position.CopyFrom(encode_position(position))
+                frame.message.parameters.unchanged = frame.message.end = True
+                yield frame
+                return
             if snapshot is None:
                 snapshot = self._snapshot(parameter_set, decode_smaller_dtype(pull.dtype), reading)
-            reading.callback(parameter_set.release, snapshot)
+                reading.callback(parameter_set.release, snapshot)
             frame.message.parameters.position.CopyFrom(encode_position(snapshot.position))
             indices = snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
             frame.message.parameters.tensors.extend(indices)
@@ -192,7 +194,7 @@ class StepStream:
             return snapshot
         try:
             reading.enter_context(self._gate.room(parameter_set.snapshot_nbytes(dtype)))
-        except ServerBusy as error:  # but this must not read as if nothing had been taken in
+        except (ServerBusy, ServerDraining) as error:  # but this must not read as if nothing had been taken in
             raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
         copied = parameter_set.snapshot(pinned=False, dtype=dtype)
         assert copied is not None
@@ -203,6 +205,11 @@ class StepStream:
         if self._set is not None and self._held is not None:
             self._set.release(self._held)
             self._held = None
+
+    def _forget(self) -> None:
+        """Let go of everything: the session remembers its last stream for long."""
+        self._let_go()
+        self._push = self._attachment = None
 
     def _opened(self, what: str) -> tuple[ParameterSet, Session]:
         if self._set is None or self._session is None:

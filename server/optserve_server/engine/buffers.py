@@ -85,15 +85,15 @@ class Buffers:
             buffer.pins -= 1
 
     def writable(self) -> Buffer:
-        """Where the next update writes: the current buffer if nobody reads it; raises MemoryError."""
+        """Where the next update writes: the current buffer if nobody reads it; raises MemoryError or OSError."""
         with self._lock:
+            free = [each for each in self._others if not each.pins][:1]
+            self._others = [each for each in self._others if each.pins] + free  # one spare is enough
             if not self.current.pins:
                 return self.current
-            free = [each for each in self._others if not each.pins]
             if not free:
                 free = [self._new()]
                 self._others += free
-            self._others = [each for each in self._others if each.pins or each is free[0]]  # one spare is enough
             return free[0]
 
     def publish(self, buffer: Buffer, updated: Iterable[int], stamp: int) -> None:

@@ -78,7 +78,7 @@ class Engine:
         """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
         try:
             created = ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
-        except MemoryError:
+        except (MemoryError, OSError):
             raise ServerBusy(
                 f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"
             ) from None

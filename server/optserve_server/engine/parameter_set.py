@@ -380,7 +380,7 @@ class ParameterSet:
             self.release(each)
         try:
             before, after = self._buffers.current, self._buffers.writable()
-        except MemoryError:
+        except (MemoryError, OSError):
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
         self._broken = True
         update.run(draft.updates, before.arena, after.arena, list(self._slots.values()), self._threads)
