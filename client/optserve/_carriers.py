@@ -106,32 +106,36 @@ class Segments(Chunks):
         self.gradients = mappings.gradients
 
     def payloads(self, push: Sent) -> Iterator[Payload]:
-        names = [name for name in push.gradients if name in self._indices]
-        specs = {name: self._tensors[self._indices[name]] for name in names}
-        if any(specs.get(name) != TensorSpec.of(name, array) for name, array in push.gradients.items()):
+        if not all(self._registered(name, array) for name, array in push.gradients.items()):
             yield from super().payloads(push)  # the server says what is wrong with it
             return
-        lying: list[Run] = []
-        places = {name: self._mappings.gradients[self._indices[name]] for name in names}
-        gradients = {name: self._readable(array, places[name]) for name, array in push.gradients.items()}
-        for k, (name, array) in enumerate(gradients.items()):
-            target = places[name]
-            if _address(array) == _address(target):
-                lying += [Run(k, 0, array.size)] if array.size else []
+        runs: list[Run] = []
+        for run in self._laid(push.gradients):
+            runs.append(run)
+            if run.size == PIECE:
+                yield Payload(runs, (), in_shared_memory=True)
+                runs = []
+        if runs:
+            yield Payload(runs, (), in_shared_memory=True)
+        first = len(push.gradients)
+        yield from pack((first + k, bytes_of(each), each.itemsize) for k, each in enumerate(push.parameters.values()))
+
+    def _registered(self, name: str, array: Array) -> bool:
+        return name in self._indices and self._tensors[self._indices[name]] == TensorSpec.of(name, array)
+
+    def _laid(self, gradients: dict[str, Array]) -> Iterator[Run]:
+        """Put gradients into shared memory, unless they lie there, a piece at a time."""
+        places = [self._mappings.gradients[self._indices[name]] for name in gradients]
+        arrays = [self._readable(*each) for each in zip(gradients.values(), places, strict=True)]
+        for k, (array, place) in enumerate(zip(arrays, places, strict=True)):
+            if _address(array) == _address(place):
+                if array.size:
+                    yield Run(k, 0, array.size)
                 continue
             for begin in range(0, array.size, PIECE):
                 piece = slice(begin, min(begin + PIECE, array.size))
-                np.copyto(target.reshape(-1)[piece], array.reshape(-1)[piece])
-                lying.append(Run(k, begin, piece.stop - begin))
-                if piece.stop - begin == PIECE:
-                    yield Payload(lying, (), in_shared_memory=True)
-                    lying = []
-        if lying:
-            yield Payload(lying, (), in_shared_memory=True)
-        yield from pack(
-            (len(push.gradients) + k, bytes_of(array), array.itemsize)
-            for k, array in enumerate(push.parameters.values())
-        )
+                np.copyto(place.reshape(-1)[piece], array.reshape(-1)[piece])
+                yield Run(k, begin, piece.stop - begin)
 
     def _readable(self, array: Array, place: Array) -> Array:
         """A gradient, copied if it lies where another tensor's is about to be written."""
