@@ -60,6 +60,7 @@ ECHOES = {
 
 COMPARISONS = {
     1_000: [
+        ("optserve, shared memory", "gRPC stream echo"),
         ("optserve, TCP", "gRPC stream echo"),
         ("torch RPC", "optserve, TCP"),
         ("Ray actor", "optserve, TCP"),
