@@ -18,11 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import optserve
 from optserve import optim
 from optserve._messages import encode_spec
-from optserve._specification import ParameterSetSpec, TensorSpec
+from optserve._specification import MOST_BUFFERS, ParameterSetSpec, TensorSpec
 from optserve.formats import BFloat16
 from optserve.v1 import optimizer_service_pb2, optimizer_service_pb2_grpc, step_pb2, tensor_pb2
 from optserve_server import Config, Server
-from optserve_server.engine.buffers import MOST
 from optserve_server.gate import Gate
 from processes import ServerProcess, running
 
@@ -420,7 +419,7 @@ def test_readers_that_stop_reading_hold_nobody_up(shared: bool) -> None:
                 assert params.version == version
                 assert (params["x"] == version).all()
         assert weights.pull().version == version
-        assert len(parameter_set.memories) <= MOST
+        assert len(parameter_set.memories) <= MOST_BUFFERS
 
 
 def pinned(parameter_set: Any) -> int:

@@ -84,6 +84,7 @@ def test_dependencies_point_one_way() -> None:
         "storage": 1,
         "gate": 1,
         "stalls": 1,
+        "failures": 0,
         "local_channel": 1,
         "shared_memory": 2,
         "step": 2,

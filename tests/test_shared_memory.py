@@ -30,9 +30,9 @@ from optserve import Parameters, formats, optim
 from optserve._carriers import Segments
 from optserve._retry import Retry
 from optserve._shared_memory import Mappings
+from optserve._specification import MOST_BUFFERS
 from optserve.v1 import optimizer_service_pb2_grpc, parameter_set_pb2, step_pb2, tensor_pb2
 from optserve_server import Config, Server
-from optserve_server.engine.buffers import MOST
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.gate import Gate
 from optserve_server.shared_memory import F_SEAL_FUTURE_WRITE
@@ -310,7 +310,7 @@ def test_every_reader_keeps_its_version_whoever_comes_and_goes(
                 held |= {} if copied else {worker: (params, bits(counts))}
         for params, values in (*held.values(), *kept):
             assert bits(params) == values
-        assert len(parameter_set.memories) <= MOST
+        assert len(parameter_set.memories) <= MOST_BUFFERS
     for handle in handles:
         handle.close()
     weights.delete()
@@ -335,7 +335,7 @@ def test_readers_on_threads_never_see_half_an_update(
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(work, range(WORKERS)))
     assert weights.pull().version == 25 * WORKERS
-    assert len(server._engine.get(weights.id).memories) <= MOST
+    assert len(server._engine.get(weights.id).memories) <= MOST_BUFFERS
     assert eventually(lambda: not pins(server._engine.get(weights.id)))
 
 
@@ -358,7 +358,7 @@ def test_a_worker_maps_no_more_segments_than_the_set_has(shared_memory_client: o
     handles = [shared_memory_client.parameter_set(weights.id) for _ in range(3)]
     for _ in range(200):
         randomness.choice(handles).step(ONES, copy=randomness.random() < 0.5)
-    assert max(len(mapped_segments(handle)) for handle in handles) <= MOST
+    assert max(len(mapped_segments(handle)) for handle in handles) <= MOST_BUFFERS
 
 
 # -- where there is none
@@ -782,7 +782,7 @@ def test_a_worker_that_is_killed_lets_go_of_everything(server: Server, weights: 
             assert (weights.step(ONES)["x"] == 3 + 3 * number).all()
         assert empties(pushes)
         assert eventually(lambda: pins(parameter_set) == 0)
-    assert len(parameter_set.memories) <= MOST
+    assert len(parameter_set.memories) <= MOST_BUFFERS
     assert weights.describe().version == 6
 
 

@@ -9,40 +9,32 @@ import socket
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 
 from optserve._errors import (
-    STATUS_NUMBERS,
     DeadlineExceeded,
     InvalidChunk,
     OptserveError,
+    Refusal,
     ServerUnavailable,
-    error_from,
 )
+from optserve._messages import decode_refusal, encode_refusal
 from optserve._shared_memory import connected
-from optserve._wire import Frame
+from optserve._transport import Stream
+from optserve._wire import LARGEST_MESSAGE, Frame
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 CHANNEL = 2**64 - 1  # asked for in place of a segment's number
 MESSAGE, ERROR = 0, 1  # an error is a serialized Refusal, and the last that comes
 HEADER_BYTES = 5
-LARGEST = 16 << 20  # bytes of a message
 BUFFER_BYTES = 64 << 10
-
-_CODES = {number: code for code, number in STATUS_NUMBERS.items()}
-
-
-class Beside(Protocol):
-    """The stream that a channel takes over from."""
-
-    def close(self) -> None: ...
 
 
 class LocalChannel:
     """A Step stream; raises NoSharedMemory if the server can't be reached so, ServerUnavailable if it has ended it."""
 
-    def __init__(self, offer: step_pb2.SharedMemory, beside: Beside, timeout: float) -> None:
+    def __init__(self, offer: step_pb2.SharedMemory, beside: Stream, timeout: float) -> None:
         self._address = offer.socket
         self._connection = connected(offer, CHANNEL)
         self._connection.settimeout(timeout)
@@ -73,14 +65,14 @@ class LocalChannel:
             raise ServerUnavailable(f"{self._address} ended the stream")
         kind, data = message
         if kind == ERROR:
-            raise _error(step_pb2.Refusal.FromString(data))
+            raise decode_refusal(step_pb2.Refusal.FromString(data)).error()
         return Frame.from_bytes(StepResponse, data)
 
     def close(self) -> None:
         self._end()
 
 
-def _end(connection: socket.socket, incoming: BinaryIO, beside: Beside) -> None:
+def _end(connection: socket.socket, incoming: BinaryIO, beside: Stream) -> None:
     with contextlib.suppress(OSError):  # the server was first
         connection.shutdown(socket.SHUT_RDWR)
     incoming.close()
@@ -111,17 +103,12 @@ def _read(incoming: BinaryIO) -> tuple[int, bytes] | None:
     if len(header) < HEADER_BYTES:
         return None
     size = int.from_bytes(header[:4], "little")
-    if size > LARGEST:
-        raise InvalidChunk(f"expected messages of at most {LARGEST} bytes; got {size}")
+    if size > LARGEST_MESSAGE:
+        raise InvalidChunk(f"expected messages of at most {LARGEST_MESSAGE} bytes; got {size}")
     data = incoming.read(size)
     return (header[4], data) if len(data) == size else None
 
 
 def encode_error(error: OptserveError) -> bytes:
     """An error as the last message of a channel."""
-    number = STATUS_NUMBERS[error.code]
-    return step_pb2.Refusal(code=number, reason=error.reason(), message=str(error)).SerializeToString()
-
-
-def _error(message: step_pb2.Refusal) -> OptserveError:
-    return error_from(_CODES.get(message.code, "UNKNOWN"), message.reason, message.message)
+    return encode_refusal(Refusal.of(error)).SerializeToString()

@@ -21,6 +21,7 @@ _ENCODINGS = {
     Int8: tensor_pb2.ENCODING_INT8,
     TopK: tensor_pb2.ENCODING_TOP_K,
 }
+_STATUS_NAMES = {number: name for name, number in STATUS_NUMBERS.items()}
 _HOLDS = {Holds.PARAMETERS: parameter_set_pb2.HOLDS_PARAMETERS, Holds.MOMENTS: parameter_set_pb2.HOLDS_MOMENTS}
 
 _DTYPES = {
@@ -192,6 +193,16 @@ def decode_position(message: parameter_set_pb2.Position) -> Position:
     return Position(message.incarnation, message.version, message.durable_version)
 
 
+def encode_refusal(refusal: Refusal) -> step_pb2.Refusal:
+    """A refusal as a message."""
+    return step_pb2.Refusal(code=STATUS_NUMBERS[refusal.code], reason=refusal.reason, message=refusal.message)
+
+
+def decode_refusal(message: step_pb2.Refusal) -> Refusal:
+    """A refusal from its message."""
+    return Refusal(_STATUS_NAMES.get(message.code, "UNKNOWN"), message.reason, message.message)
+
+
 def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
     """A receipt as a message."""
     message = step_pb2.Receipt(
@@ -205,18 +216,12 @@ def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
         durability=_DURABILITY[receipt.durability],
     )
     if refusal := receipt.refusal:
-        number = STATUS_NUMBERS[refusal.code]
-        message.refusal.CopyFrom(step_pb2.Refusal(code=number, reason=refusal.reason, message=refusal.message))
+        message.refusal.CopyFrom(encode_refusal(refusal))
     return message
 
 
 def decode_receipt(message: step_pb2.Receipt) -> Receipt:
     """A receipt from its message."""
-    refusal = None
-    if message.HasField("refusal"):
-        names = {number: name for name, number in STATUS_NUMBERS.items()}
-        code = names.get(message.refusal.code, "UNKNOWN")
-        refusal = Refusal(code, message.refusal.reason, message.refusal.message)
     return Receipt(
         sequence=message.sequence,
         position=decode_position(message.position),
@@ -226,7 +231,7 @@ def decode_receipt(message: step_pb2.Receipt) -> Receipt:
         gradient_norm=message.gradient_norm,
         learning_rates=dict(message.learning_rates),
         durability=Durability(message.durability or Durability.MEMORY),
-        refusal=refusal,
+        refusal=decode_refusal(message.refusal) if message.HasField("refusal") else None,
     )
 
 

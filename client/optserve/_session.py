@@ -43,7 +43,7 @@ from optserve._retry import Retry
 from optserve._shared_memory import WORTHWHILE, Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
-from optserve._wire import Frame
+from optserve._wire import Frame, spread
 from optserve.formats import Format
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
@@ -326,11 +326,7 @@ class Session:
         frame = Frame(StepRequest())
         if push is not None:
             frame.message.push.CopyFrom(self._begin(push, sequence or 0))
-            for payload in self._carrier.payloads(push):
-                if frame.payload is not None:
-                    yield frame
-                    frame = Frame(StepRequest())
-                frame.payload = payload
+            frame = yield from spread(frame, self._carrier.payloads(push))
             frame.message.commit = True
         if pull is not None:
             asked = frame.message.pull

@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._errors import NoSharedMemory, OptserveError, ServerUnavailable
-from optserve._specification import TensorSpec
+from optserve._specification import MOST_BUFFERS, TensorSpec
 from optserve.v1 import step_pb2
 
 TOKEN_BYTES = 16
 NUMBER_BYTES = 8
 SOMETHING, NOTHING = b"\0", b"\1"  # answers to a request
 WORTHWHILE = 64 << 10  # bytes of tensors: below this, a message costs no more
-MOST = 3  # segments of parameters that a set has at a time
 ANSWER_SECONDS = 10.0
 
 Array = NDArray[Any]
@@ -44,7 +43,7 @@ class Mappings:
         """Read-only arrays of every registered tensor in a segment."""
         if segment not in self._parameters:
             memory = self._map(segment, writable=False)
-            if len(self._parameters) == MOST:  # one of them, the server has given up
+            if len(self._parameters) == MOST_BUFFERS:  # one of them, the server has given up
                 del self._parameters[min(self._parameters)]
             self._parameters[segment] = self._arrays(memory, self._offer.parameter_offsets)
         return self._parameters[segment]

@@ -17,6 +17,7 @@ from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
 from optserve.optim import Group, Optimizer
 
 BLOCK = 4096  # elements: the unit of reductions on the server; chunks that end at multiples of it are read in place
+MOST_BUFFERS = 3  # of parameters that the server has of one set at a time, and a worker on its host maps
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48
 MAX_TENSORS = 100_000

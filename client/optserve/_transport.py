@@ -23,7 +23,7 @@ from optserve._errors import (
     ServerUnavailable,
     error_from,
 )
-from optserve._wire import Frame
+from optserve._wire import LARGEST_MESSAGE, Frame
 from optserve.v1 import optimizer_service_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
@@ -38,8 +38,8 @@ MEMORY = ":memory:"
 _ADDRESS = re.compile(r"unix:.+|(dns:(///)?)?([\w.-]+|\[[0-9a-fA-F:.%\w]+\]):(?P<port>\d{1,5})")
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", 16 << 20),  # chunks are 2 MiB; room for other servers' choice
-    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_send_message_length", LARGEST_MESSAGE),
     ("grpc.http2.max_frame_size", 4 << 20),  # a chunk is one frame; measured, see docs/architecture.md
     ("grpc.keepalive_time_ms", 30_000),  # notice a peer that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),

@@ -4,7 +4,7 @@ A frame serializes to exactly the bytes that the generated code would write, and
 language; only the payload, `Chunk.data`, is spliced in and cut out by hand, because protobuf copies it twice each way.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve.v1.tensor_pb2 import Chunk, Segment
 
 SMALL = 16 << 10  # bytes: protobuf's own copies of a payload cost less than doing without them
+LARGEST_MESSAGE = 16 << 20  # bytes; our chunks are far smaller: room for others' choice
 CHUNK_BYTES = 2 << 20  # payload of a chunk that we send; measured, see docs/architecture.md
 
 M = TypeVar("M", CreateParameterSetRequest, StepRequest, StepResponse)
@@ -135,6 +136,16 @@ def pack(tensors: Iterable[tuple[int, Buffer, int]], chunk_bytes: int = CHUNK_BY
             offset, remaining, room = offset + count, remaining - count, room - count * itemsize
     if runs:
         yield Payload(runs, data)
+
+
+def spread(frame: Frame[M], payloads: Iterable[Payload]) -> Generator[Frame[M], None, Frame[M]]:
+    """Frames with one payload each, the first of them in `frame`; returns the last, for more to ride with it."""
+    for payload in payloads:
+        if frame.payload is not None:
+            yield frame
+            frame = Frame(type(frame.message)())
+        frame.payload = payload
+    return frame
 
 
 class _MalformedError(ValueError):

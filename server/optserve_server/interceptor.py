@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
-import structlog
 
-from optserve._errors import OptserveError, ServerBusy, ServerError
+from optserve._errors import ServerBusy
 from optserve._transport import REASON_KEY
-
-log = structlog.get_logger()
+from optserve_server.failures import told
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRFC A6: the earliest time at which to try again
 
@@ -60,11 +58,7 @@ def _streaming(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
 def _abort(context: grpc.ServicerContext, method: str, error: Exception) -> NoReturn:
     if not context.is_active():  # the caller is gone: nobody to tell, and no fault of ours
         raise error
-    if isinstance(error, OptserveError):
-        log.info("call refused", method=method, reason=error.reason(), message=str(error))
-        hint = ((PUSHBACK_KEY, str(round(error.retry_after * 1000))),) if isinstance(error, ServerBusy) else ()
-        context.set_trailing_metadata(((REASON_KEY, error.reason()), *hint))
-        context.abort(grpc.StatusCode[error.code], str(error))
-    log.error("call failed", method=method, exc_info=error)
-    context.set_trailing_metadata(((REASON_KEY, ServerError.reason()),))
-    context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log has the details")
+    answer = told(error, method)
+    hint = ((PUSHBACK_KEY, str(round(answer.retry_after * 1000))),) if isinstance(answer, ServerBusy) else ()
+    context.set_trailing_metadata(((REASON_KEY, answer.reason()), *hint))
+    context.abort(grpc.StatusCode[answer.code], str(answer))

@@ -4,14 +4,11 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator
 
-import structlog
-
-from optserve._errors import OptserveError, ServerError
+from optserve._errors import OptserveError
 from optserve._local_channel import ERROR, MESSAGE, encode_error, messages, write
 from optserve._wire import Frame
 from optserve.v1.step_pb2 import StepRequest, StepResponse
-
-log = structlog.get_logger()
+from optserve_server.failures import told
 
 
 def serve(
@@ -23,11 +20,7 @@ def serve(
         try:
             for answer in answers(Frame.from_bytes(StepRequest, data) for data in messages(connection)):
                 write(connection, MESSAGE, answer.to_bytes())
-        except OptserveError as error:
-            log.info("call refused", method="Step", reason=error.reason(), message=str(error))
-            write(connection, ERROR, encode_error(error))
-        except OSError:
-            raise
         except Exception as error:
-            log.error("call failed", method="Step", exc_info=error)
-            write(connection, ERROR, encode_error(ServerError("the server failed; its log has the details")))
+            if isinstance(error, OSError) and not isinstance(error, OptserveError):
+                raise  # the connection's
+            write(connection, ERROR, encode_error(told(error, "Step")))

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from optserve._errors import InvalidArgument
 from optserve._transport import SERVICE, serialize
-from optserve._wire import Frame
+from optserve._wire import LARGEST_MESSAGE, Frame
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.config import Config
@@ -33,8 +33,8 @@ CONTROL_THREADS = 16  # beyond one for each stream, so that health and control n
 
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server on one port is an error, not a coin toss
-    ("grpc.max_receive_message_length", 16 << 20),  # chunks; never a whole tensor
-    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),  # chunks; never a whole tensor
+    ("grpc.max_send_message_length", LARGEST_MESSAGE),
     ("grpc.http2.max_frame_size", 4 << 20),  # a chunk is one frame
     ("grpc.keepalive_permit_without_calls", 1),  # workers ping every 30 s, also between steps
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

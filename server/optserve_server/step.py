@@ -17,7 +17,7 @@ from optserve._messages import (
 )
 from optserve._results import Receipt
 from optserve._specification import check_client_id
-from optserve._wire import Frame, Payload, pack
+from optserve._wire import Frame, Payload, pack, spread
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
@@ -179,11 +179,7 @@ class StepStream:
                 tensors = (
                     (k, snapshot.data[index].data, snapshot.dtypes[index].itemsize) for k, index in enumerate(indices)
                 )
-                for payload in pack(tensors):
-                    if frame.payload is not None:
-                        yield frame
-                        frame = Frame(StepResponse())
-                    frame.payload = payload
+                frame = yield from spread(frame, pack(tensors))
             frame.message.end = True
             yield frame
 

@@ -2,7 +2,7 @@
 
 While a version is read, sent over a stream or mapped by a worker, its buffer is pinned. The update of a version that nobody
 reads happens in place; any other goes to another buffer, and publishing it is a switch of pointers. Readers never wait for
-writers, nor writers for readers.
+writers, nor writers for readers. Two buffers are read and written in turn; one more is for a reader that is slow.
 """
 
 import threading
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._specification import TensorSpec
+from optserve._specification import MOST_BUFFERS, TensorSpec
 from optserve_server.engine.arena import Arena, Layout, aligned, padded
-
-MOST = 3  # buffers of one set: two to write and read in turn, and one more for a reader that is slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,11 @@ class Buffers:
     def pin(self) -> Buffer | None:
         """Keep the current version as it is until `unpin`; None if no memory would be left for the next update."""
         with self._lock:
-            if not self.current.pins and len(self._others) == MOST - 1 and all(each.pins for each in self._others):
+            if (
+                not self.current.pins
+                and len(self._others) == MOST_BUFFERS - 1
+                and all(each.pins for each in self._others)
+            ):
                 return None
             self.current.pins += 1
             return self.current

@@ -47,8 +47,9 @@ def _decode_top_k(format: TopK, data: NDArray[np.uint8], out: NDArray[np.float32
 
 @functools.cache
 def _int8_loop() -> Any:
+    block = Int8.block
+
     def decode(data: Any, scales: Any, out: Any) -> None:
-        block = 256
         for b in range(scales.size):
             begin, scale = b * block, scales[b]
             count = min(block, out.size - begin)

@@ -143,9 +143,8 @@ class Staging:
             tensor.add(piece, replace=replace)
             if row := self._whole_blocks(tensor, piece):
                 rows.append(row)
-        if (
-            self._guards and not replace
-        ):  # what is replaced may be replaced again in this very chunk: it waits for `finish`
+        # What is replaced may be replaced again in this very chunk: it waits for `finish`.
+        if self._guards and not replace:
             self._guard(rows)
 
     def _tensor(self, run: Run) -> StagedTensor:
