@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 
 import optserve
-from optserve import ParameterSet, optim
+from optserve import Async, ParameterSet, Policy, optim
 from optserve.formats import BFloat16, Format
 
-TENSOR = "x"
+NAME, TENSOR = "bench", "x"
 
 
 @contextmanager
@@ -18,6 +18,8 @@ def parameter_set(
     size: int,
     *,
     transport: str = "stream",
+    guard: bool = True,
+    policy: Policy = Async(),  # noqa: B008 - a value
     push_format: Format | None = None,
     pull_format: BFloat16 | None = None,
 ) -> Iterator[ParameterSet]:
@@ -26,5 +28,5 @@ def parameter_set(
     start = {TENSOR: np.zeros(size, np.float32)}
     with optserve.Client(address, transport=transport) as client:
         yield client.create_parameter_set(
-            "bench", start, optim.Adam(), push_format=push_format, pull_format=pull_format
+            NAME, start, optim.Adam(), guard=guard, policy=policy, push_format=push_format, pull_format=pull_format
         )

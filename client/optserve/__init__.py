@@ -13,6 +13,7 @@ from optserve._errors import (
     InvalidGroup,
     InvalidHyperparameter,
     InvalidName,
+    InvalidPolicy,
     InvalidTensor,
     MessageOrder,
     NoDataDirectory,
@@ -24,6 +25,7 @@ from optserve._errors import (
     ParameterSetNotFound,
     Refusal,
     RolledBack,
+    RoundIncomplete,
     SequenceGap,
     SequenceReused,
     ServerBusy,
@@ -36,10 +38,12 @@ from optserve._errors import (
     UnknownRule,
 )
 from optserve._parameter_set import ParameterSet
+from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Parameters, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 
 __all__ = [
+    "Async",
     "Client",
     "ClientClosed",
     "DeadlineExceeded",
@@ -54,6 +58,7 @@ __all__ = [
     "InvalidGroup",
     "InvalidHyperparameter",
     "InvalidName",
+    "InvalidPolicy",
     "InvalidTensor",
     "MessageOrder",
     "NoDataDirectory",
@@ -66,10 +71,12 @@ __all__ = [
     "ParameterSetNotFound",
     "ParameterSetSpec",
     "Parameters",
+    "Policy",
     "Position",
     "Receipt",
     "Refusal",
     "RolledBack",
+    "RoundIncomplete",
     "SequenceGap",
     "SequenceReused",
     "ServerBusy",
@@ -79,6 +86,7 @@ __all__ = [
     "SessionSuperseded",
     "SpecificationMismatch",
     "Summary",
+    "Sync",
     "TensorMismatch",
     "TensorSpec",
     "UnknownRule",

@@ -12,6 +12,7 @@ from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
 from optserve._messages import decode_description, decode_position, decode_summary, encode_spec
 from optserve._parameter_set import ParameterSet
+from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
@@ -53,6 +54,7 @@ class Client:
         groups: Sequence[Group] = (),
         holds: Holds | str = Holds.PARAMETERS,
         guard: bool = True,
+        policy: Policy = ASYNC,
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -61,19 +63,20 @@ class Client:
         """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
 
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
-        `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. With
-        `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` and the
-        formats are as in `parameter_set`.
+        `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
+        says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
+        With `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` and
+        the formats are as in `parameter_set`.
 
-        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, NonFiniteValue, ParameterSetExists, or with
-        `exist_ok` SpecificationMismatch.
+        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy, NonFiniteValue,
+        ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         choice = Choice(self._via, push_format, pull_format)
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard)
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy)
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None

@@ -7,6 +7,7 @@ OptserveError
 │   ├── InvalidGroup               a group of tensors
 │   ├── UnknownRule                no such optimizer
 │   ├── InvalidFormat              a wire format that does not exist, or does not fit
+│   ├── InvalidPolicy              a policy that does not exist, or that the server has no room for
 │   ├── InvalidHyperparameter      unknown, of the wrong type, out of range, or fixed for life
 │   ├── TensorMismatch             a push or pull names what the set does not have
 │   ├── InvalidChunk               bytes that are truncated, overlap, or miss their tensor
@@ -22,6 +23,7 @@ OptserveError
 │   └── NoSharedMemory             shared memory was asked of a server that can't be reached so
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
+│   └── RoundIncomplete            too few workers pushed in time for a synchronous update
 ├── ServerUnavailable              no connection; the SDK tries again
 │   └── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
 ├── RolledBack                     the server came back without pushes that it had acknowledged
@@ -94,6 +96,10 @@ class InvalidFormat(InvalidArgument):
     """A wire format is ill-formed, or does not fit where it was asked for."""
 
 
+class InvalidPolicy(InvalidArgument):
+    """A policy is ill-formed, or one that this server could never follow."""
+
+
 class InvalidHyperparameter(InvalidArgument):
     """A hyperparameter is unknown, of the wrong type, out of range, or fixed for the life of its set."""
 
@@ -164,6 +170,10 @@ class ServerBusy(OptserveError):
     code = "RESOURCE_EXHAUSTED"
     retryable = True
     retry_after: ClassVar[float] = 0.1
+
+
+class RoundIncomplete(ServerBusy):
+    """Too few workers pushed before the deadline of a synchronous update; nothing was applied, nobody's push is consumed."""
 
 
 class ServerUnavailable(OptserveError, ConnectionError):

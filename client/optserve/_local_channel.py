@@ -38,7 +38,7 @@ class LocalChannel:
         self._address = offer.socket
         self._connection = connected(offer, CHANNEL)
         self._connection.settimeout(timeout)
-        self._incoming = cast("BinaryIO", self._connection.makefile("rb", buffering=BUFFER_BYTES))
+        self._incoming = reader(self._connection)
         # Nobody may hold this any more and never have closed it.
         self._end = weakref.finalize(self, _end, self._connection, self._incoming, beside)
         if not self._incoming.read(1):
@@ -90,9 +90,13 @@ def write(connection: socket.socket, kind: int, data: bytes) -> None:
         connection.sendall(data)
 
 
-def messages(connection: socket.socket) -> Iterator[bytes]:
+def reader(connection: socket.socket) -> BinaryIO:
+    """What comes over a connection, as a file."""
+    return cast("BinaryIO", connection.makefile("rb", buffering=BUFFER_BYTES))
+
+
+def messages(incoming: BinaryIO) -> Iterator[bytes]:
     """Messages until the connection ends; raises InvalidChunk for one that is too large."""
-    incoming = cast("BinaryIO", connection.makefile("rb", buffering=BUFFER_BYTES))
     while (message := _read(incoming)) is not None:
         yield message[1]
 

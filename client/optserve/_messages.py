@@ -7,12 +7,20 @@ from typing import Any, cast
 import numpy as np
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
-from optserve._errors import STATUS_NUMBERS, InvalidArgument, InvalidHyperparameter, InvalidTensor, Refusal
+from optserve._errors import (
+    STATUS_NUMBERS,
+    InvalidArgument,
+    InvalidHyperparameter,
+    InvalidPolicy,
+    InvalidTensor,
+    Refusal,
+)
+from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
-from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2, tensor_pb2
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2
 
 _ENCODINGS = {
     type(None): tensor_pb2.ENCODING_UNSPECIFIED,
@@ -164,6 +172,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         ],
         holds=_HOLDS[spec.holds],
         unguarded=not spec.guard,
+        policy=_encode_policy(spec.policy),
     )
 
 
@@ -178,6 +187,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         ),
         holds=_decode_holds(message.holds),
         guard=not message.unguarded,
+        policy=_decode_policy(message.policy),
     )
 
 
@@ -295,6 +305,25 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
         state_bytes=message.state_bytes,
         create_time=message.create_time.ToDatetime(datetime.UTC),
     )
+
+
+def _encode_policy(policy: Policy) -> policy_pb2.Policy:
+    message = policy_pb2.Policy()
+    match policy:
+        case Async():
+            getattr(message, "async").SetInParent()
+        case Sync():
+            message.sync.workers = policy.workers
+            message.sync.deadline.FromNanoseconds(round(policy.deadline * 1e9))
+        case _:
+            raise InvalidPolicy(f"expected a policy, such as Sync(workers=4); got {policy!r}")
+    return message
+
+
+def _decode_policy(message: policy_pb2.Policy) -> Policy:
+    if message.WhichOneof("kind") == "sync":
+        return Sync(message.sync.workers, message.sync.deadline.ToNanoseconds() / 1e9)
+    return Async()
 
 
 def _decode_dtype(value: int) -> DType:

@@ -11,8 +11,8 @@ class Gate:
     """Counts what is inside, in streams or bytes. Once closed nothing enters, and `drain` waits for the rest to leave."""
 
     def __init__(self, what: str, limit: int) -> None:
-        self._what = what
-        self._limit = limit
+        self.what = what
+        self.limit = limit
         self._inside = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -26,9 +26,9 @@ class Gate:
         with self._changed:
             if self._closed:
                 raise ServerDraining("the server is draining; try again once it is back")
-            if self._inside and self._inside + size > self._limit:
+            if self._inside and self._inside + size > self.limit:
                 raise ServerBusy(
-                    f"expected at most {self._limit:,} {self._what} at a time; there are {self._inside:,}, and {size:,} more "
+                    f"expected at most {self.limit:,} {self.what} at a time; there are {self._inside:,}, and {size:,} more "
                     "came. Try again later"
                 )
             self._inside += size

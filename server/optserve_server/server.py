@@ -102,6 +102,7 @@ class Server:
             self._health.enter_graceful_shutdown()
             self._service.streams.close()
             self._service.pushes.close()
+            self._engine.drain()
             drained = self._service.pushes.drain(grace)
             self._grpc.stop(None).wait()
             self._service.checkpoint_all()

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from optserve import optim
-from optserve._errors import InvalidChunk, InvalidTensor, MessageOrder, NoDataDirectory
+from optserve._errors import InvalidChunk, InvalidPolicy, InvalidTensor, MessageOrder, NoDataDirectory
 from optserve._messages import (
     decode_changes,
     decode_spec,
@@ -18,6 +18,7 @@ from optserve._messages import (
     encode_summary,
     encode_value,
 )
+from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._wire import Frame
 from optserve.v1 import optimizer_pb2
@@ -92,10 +93,23 @@ class OptimizerService:
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
         self._engine.check_room(spec)
+        self._check_policy(spec)
         with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.tensors))):
             values = self._receive(spec, first, frames)
             made, created = self._engine.create(spec, values, exist_ok=exist_ok)
         return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
+
+    def _check_policy(self, spec: ParameterSetSpec) -> None:
+        """Raises InvalidPolicy if a round's pushes could never all be here."""
+        if not isinstance(spec.policy, Sync):
+            return
+        workers, nbytes = spec.policy.workers, sum(tensor.nbytes for tensor in spec.tensors)
+        for gate, each in ((self.streams, 1), (self.pushes, nbytes)):
+            if workers * each > gate.limit:
+                raise InvalidPolicy(
+                    f"parameter set {spec.id!r}: a round of {workers} workers takes {workers * each:,} {gate.what} at a time; "
+                    f"expected at most {gate.limit:,}. Start the server with room for more, or choose fewer workers"
+                )
 
     def _receive(
         self, spec: ParameterSetSpec, first: Frame[pb.CreateParameterSetRequest], frames: CreationFrames

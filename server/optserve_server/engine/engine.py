@@ -50,7 +50,7 @@ class Engine:
                 f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
                 "pass exist_ok=True to attach to it"
             )
-        for name in ("tensors", "optimizer", "groups", "holds", "guard"):
+        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy"):
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
                 if name == "tensors":
@@ -103,6 +103,11 @@ class Engine:
         with self._lock:
             self.get(set_id).delete()
             del self._sets[set_id]
+
+    def drain(self) -> None:
+        """Let no worker wait for others any more."""
+        for each in self.list():
+            each.drain()
 
     def close(self) -> None:
         """Wait for running updates and end the threads."""

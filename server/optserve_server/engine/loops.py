@@ -1,4 +1,4 @@
-"""The compiled loops over memory: update, guard, encode, decode. All release the GIL and none allocates.
+"""The compiled loops over memory: update, guard, mean, encode, decode. All release the GIL and none allocates.
 
 Work is a table of ranges, one row for each run of consecutive elements, so that a push of a thousand small tensors is one
 call. Gradients are read where they were received, through their address; x86-64 and ARM64 load unaligned elements.
@@ -162,6 +162,33 @@ def guard_loop(dtype: DType) -> Loop:
                 block += 1
 
     return typing.cast(Loop, _compile(guard))
+
+
+MEAN_COLUMNS = 4
+
+
+@functools.cache
+def mean_loop(dtype: DType) -> Loop:
+    """`mean(table, weight, arena)`: add up gradients of several workers, each times a weight of the arena's dtype.
+
+    A row of `table`, int64 [n, MEAN_COLUMNS], is the first element and the count in the arena, the address of a gradient,
+    and whether it is the first there, which replaces what the arena has.
+    """
+    element, decode = bits(dtype).type, decoder(dtype)
+
+    def mean(table: Any, weight: Any, arena: Any) -> None:
+        for r in range(len(table)):
+            start, count = table[r, 0], table[r, 1]
+            target = arena[start : start + count]
+            gradient = carray(pointer(table[r, 2], element), count)
+            if table[r, 3]:
+                for i in range(count):
+                    target[i] = weight * decode(gradient[i])
+            else:
+                for i in range(count):
+                    target[i] += weight * decode(gradient[i])
+
+    return typing.cast(Loop, _compile(mean))
 
 
 @functools.cache

@@ -15,12 +15,15 @@ from optserve._dtypes import DType, narrowed
 from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerBusy, ServerError, TensorMismatch
 from optserve._results import Description, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
-from optserve_server.engine import snapshot, update
+from optserve_server.engine import mean, snapshot, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
 from optserve_server.engine.buffers import Allocate, Buffers, Memory, private, published_offsets
+from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop, guard_loop
+from optserve_server.engine.mean import Mean
 from optserve_server.engine.push import Declared, Push
+from optserve_server.engine.rounds import Rounds, merged_changes
 from optserve_server.engine.rules import Memory as RuleMemory
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.sessions import Session, Sessions
@@ -33,25 +36,6 @@ from optserve_server.engine.update import Planner, Update
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
 
 
-@dataclass(eq=False, slots=True)
-class Commit:
-    """A finished push that waits to be applied, and in the end what became of it."""
-
-    session: Session
-    stream: object
-    push: Push
-    pull: bool
-    held: Snapshot | None
-    receipt: Receipt | None = None
-    snapshot: Snapshot | None = None
-    error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether there is an outcome."""
-        return self.receipt is not None or self.error is not None
-
-
 @dataclass(slots=True)
 class Draft:
     """What a set will be once the updates that are planned so far have run."""
@@ -61,6 +45,7 @@ class Draft:
     steps: NDArray[np.int64]
     memory: list[RuleMemory]
     updates: list[Update] = field(default_factory=list)
+    means: list[mean.Part] = field(default_factory=list)
     updated: set[int] = field(default_factory=set)
 
     def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
@@ -90,9 +75,11 @@ class ParameterSet:
         self._sessions = Sessions()
         self._threads = threads
         self._lock = threading.Lock()
+        self._decided = threading.Condition(self._lock)
         self._deleted = False
         self._broken = False
         self._commits: deque[Commit] = deque()
+        self._rounds = Rounds(spec.policy)
         self._copies: WeakValueDictionary[DType | None, Snapshot] = WeakValueDictionary()  # of the current version
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
@@ -102,6 +89,7 @@ class ParameterSet:
         self._steps = np.zeros(len(spec.tensors), np.int64)
         self._memory: list[RuleMemory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
         self._planner = Planner(self.rule, self.layout, moments_only=spec.holds is Holds.MOMENTS)
+        self._mean = Mean(spec.tensors, self.layout) if self._rounds.workers > 1 else None
         self._compiled: set[DType] = set()
         for dtype in {tensor.dtype for tensor in spec.tensors}:
             self._compile(dtype)
@@ -172,6 +160,8 @@ class ParameterSet:
         """Open or resume a client's session; a push of its older stream that has begun is finished first."""
         with self._lock:
             self._check_alive()
+            self._rounds.withdraw(client_id)
+            self._decided.notify_all()
             return self._sessions.open(client_id, epoch, stream)
 
     def begin(
@@ -195,16 +185,25 @@ class ParameterSet:
 
         With `pull`, also the tensors after it, pinned, if they can be (of a push that came again: the current ones; of a
         refused one: None). If it is applied, `held`, which the worker has read until now, is released before. Pushes that
-        wait here at the same time are applied in one pass, in the order in which they came.
-        Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy or ParameterSetNotFound, which consume nothing.
+        wait here at the same time are applied in one pass, in the order in which they came; those of a synchronous round wait
+        for each other. Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy (RoundIncomplete is one),
+        ServerDraining or ParameterSetNotFound, which consume nothing.
         """
         commit = Commit(session, stream, push, pull, held)
         self._commits.append(commit)
         with self._lock:
             while not commit.done:
-                self._apply(self._next_commits())
+                if self._commits:
+                    self._apply(self._next_commits())
+                else:
+                    self._decided.wait(self._rounds.remaining)
+                    self._rounds.expire()
+                self._decided.notify_all()
         if commit.error is not None:
-            raise commit.error
+            try:
+                raise commit.error
+            finally:
+                del commit  # which its own error would keep alive
         assert commit.receipt is not None
         return commit.receipt, commit.snapshot
 
@@ -285,10 +284,18 @@ class ParameterSet:
             self._position = replace(self._position, durable_version=durable)
             self._copies.clear()
 
+    def drain(self) -> None:
+        """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
+        with self._lock:
+            self._rounds.drain()
+            self._decided.notify_all()
+
     def delete(self) -> None:
         """Refuse everything from now on, and let go of the memory."""
         with self._lock:
             self._deleted = True
+            self._rounds.give_up(self._not_found())
+            self._decided.notify_all()
             self._copies.clear()
             self._buffers.clear()
             for arena in self._slots.values():
@@ -308,15 +315,19 @@ class ParameterSet:
 
     def _check_alive(self) -> None:
         if self._deleted:
-            raise ParameterSetNotFound(f"parameter set {self.spec.id!r} was deleted")
+            raise self._not_found()
         if self._broken:
             raise ServerError(
                 f"parameter set {self.spec.id!r} is unusable: an update failed half way; restart the server to restore it"
             )
 
+    def _not_found(self) -> ParameterSetNotFound:
+        return ParameterSetNotFound(f"parameter set {self.spec.id!r} was deleted")
+
     def _next_commits(self) -> list[Commit]:
-        """Those that wait; in a set that holds moments only, one: its updates must be read before the next."""
-        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS else 1
+        """Those that wait; or one, if they can't share a pass: updates that a set of moments returns must be read before
+        the next, and there is memory for the mean of one round."""
+        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS and self._mean is None else 1
         return [self._commits.popleft() for _ in range(most)]
 
     def _apply(self, commits: Sequence[Commit]) -> None:
@@ -324,54 +335,66 @@ class ParameterSet:
         draft = Draft(self._groups, self._position, self._steps.copy(), list(self._memory))
         decided: list[tuple[Commit, Receipt]] = []
         for commit in commits:
+            together = [commit]
             try:
                 self._check_alive()
                 commit.session.check_stream(commit.stream)
                 commit.receipt = commit.session.admit(commit.push.sequence, commit.push.digest)
                 if commit.receipt is None:
-                    decided.append((commit, self._decide(commit.push, draft)))
+                    together = self._rounds.join(commit)
+                    receipts = self._decide([each.push for each in together], draft)
+                    decided += zip(together, receipts, strict=True)
             except Exception as error:
-                commit.error = error
+                for each in together:
+                    each.fail(error)
         try:
             if draft.updates:
                 self._run(draft, [commit.held for commit, receipt in decided if receipt.applied and commit.held])
         except Exception as error:
             for commit, _ in decided:
-                commit.error = error
+                commit.fail(error)
             return
         for commit, receipt in decided:
             commit.session.record(receipt.sequence, commit.push.digest, receipt)
             self._sessions.touch(commit.session)
             commit.receipt = receipt
-        for commit in commits:
+        for commit in {*commits, *(commit for commit, _ in decided)}:
             if commit.pull and commit.receipt is not None and commit.receipt.applied:
                 commit.snapshot = self._pin() or (self._copy(None) if self.spec.holds is Holds.MOMENTS else None)
 
-    def _decide(self, push: Push, draft: Draft) -> Receipt:
-        """The receipt of a push that comes after those in the draft; if it is applied, the draft goes on with it."""
-        refusal, staleness = push.refusal, _staleness(push.base, draft.position)
-        if refusal is None:
-            refusal = self._advance(draft, push)
-        return Receipt(
-            sequence=push.sequence,
-            position=draft.position,
-            applied=refusal is None,
-            staleness=staleness,
-            gradient_norm=push.gradient_norm,
-            learning_rates={} if refusal else {group.name: group.optimizer.lr for group in draft.groups},
-            refusal=refusal,
-        )
+    def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
+        """Receipts of pushes that come together after those in the draft; if they are applied, the draft goes on with them."""
+        if not pushes:
+            return []
+        stalenesses = [_staleness(push.base, draft.position) for push in pushes]
+        refusal = pushes[0].refusal or self._advance(draft, pushes)
+        return [
+            Receipt(
+                sequence=push.sequence,
+                position=draft.position,
+                applied=refusal is None,
+                staleness=staleness,
+                gradient_norm=push.gradient_norm,
+                learning_rates={} if refusal else {group.name: group.optimizer.lr for group in draft.groups},
+                refusal=refusal,
+            )
+            for push, staleness in zip(pushes, stalenesses, strict=True)
+        ]
 
-    def _advance(self, draft: Draft, push: Push) -> Refusal | None:
-        """Let the draft go on with a push, unless there is something wrong with that."""
+    def _advance(self, draft: Draft, pushes: Sequence[Push]) -> Refusal | None:
+        """Let the draft go on with the mean of pushes, unless there is something wrong with that."""
+        gradients: mean.Gradients = pushes[0].gradients
+        parameters, means = pushes[0].parameters, list[mean.Part]()
+        if self._mean is not None and len(pushes) > 1:
+            gradients, means = self._mean.plan([push.gradients for push in pushes])
         try:
-            groups = change(draft.groups, push.changes)
-            gradients, parameters = push.gradients, push.parameters
+            groups = change(draft.groups, merged_changes(pushes))
             self._check_parameters(gradients, parameters, groups)
             planned = self._planner.plan(groups, gradients, parameters, draft.steps, draft.memory, draft.updated)
         except InvalidArgument as error:
             return Refusal.of(error)
         draft.advance(groups, planned)
+        draft.means += means
         return None
 
     def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
@@ -383,6 +406,7 @@ class ParameterSet:
         except (MemoryError, OSError):
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
         self._broken = True
+        mean.run(draft.means, self._threads)
         update.run(draft.updates, before.arena, after.arena, list(self._slots.values()), self._threads)
         self._buffers.publish(after, draft.updated, draft.position.version)
         self._groups, self._position, self._steps, self._memory = (
@@ -400,6 +424,8 @@ class ParameterSet:
         """Compile the loops that gradients of a dtype need now, by running them on nothing, rather than under the lock."""
         arena, nothing = self._buffers.current.arena, np.empty((0, 3), np.int64)
         self._planner.compile(dtype, self._groups[0], arena, list(self._slots.values()))
+        if self._mean is not None:
+            self._mean.compile(dtype)
         guard_loop(dtype)(nothing, np.empty(0), np.empty(0, np.uint32))
         encode_loop(dtype)(nothing, arena[dtype.compute])
         self._compiled.add(dtype)

@@ -64,7 +64,7 @@ class Push:
         try:
             self._resolve(declared)
         except InvalidArgument as error:
-            self._refuse(error)
+            self.refuse(error)
             declared = ()  # nothing is made room for that was not registered
         self._registered = {k: index for index, k in self._gradients.items()}
         self._declared = declared
@@ -97,7 +97,7 @@ class Push:
             try:
                 self._staging.add(runs, data, replace=replace)
             except InvalidArgument as error:
-                self._refuse(error)
+                self.refuse(error)
 
     def add_shared(
         self, runs: Sequence[Run], memory: NDArray[np.uint8], offsets: Sequence[int], *, replace: bool
@@ -116,7 +116,7 @@ class Push:
                     starts.append(offsets[index])
                 self._staging.add_shared(runs, memory, starts, replace=replace)
             except InvalidArgument as error:
-                self._refuse(error)
+                self.refuse(error)
 
     def finish(self, pulled: Iterable[str] = ()) -> None:
         """All chunks are here: guard them, and take the digest and the norm of the gradients.
@@ -128,7 +128,7 @@ class Push:
                 self._check_pulled(pulled)
                 self._staging.finish()
             except InvalidArgument as error:
-                self._refuse(error)
+                self.refuse(error)
             else:
                 if not self._spec.guard:
                     self.gradient_norm = math.nan
@@ -136,7 +136,8 @@ class Push:
                 self.digest = self._staging.digest(str(sorted(self.changes.items())))
                 self.gradient_norm = self._staging.norm(k for _, k in sorted(self._gradients.items()))
 
-    def _refuse(self, error: InvalidArgument) -> None:
+    def refuse(self, error: InvalidArgument) -> None:
+        """Never apply it."""
         self.refusal = Refusal.of(error)
         self._staging = Staging((), Threads(1))  # let go of what was received
 
