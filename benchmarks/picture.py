@@ -1,4 +1,4 @@
-"""What a run on the wire found, as a picture. Colours are Okabe and Ito's, which colour-blind people can tell apart too."""
+"""What a run on the wire found, as a picture. Colours are Okabe and Ito's and one of Tol's, which colour-blind people can tell apart too."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from benchmarks.units import count, duration
 
 TITLE = "One step of Adam: a gradient goes there, parameters come back"
 SUBTITLE = "Median time by number of parameters, on one host. Echoes return the bytes and update nothing."
-COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#CC79A7", "#009E73")
+COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#000000", "#882255")
 GREYS = ("#888888", "#A0A0A0", "#B4B4B4")
 MARKERS = "s^Dv<>P"
 INK, FAINT = "#333333", "#EBEBEB"

@@ -41,6 +41,8 @@ EFFORTS = {
 OURS = {
     "optserve, shared memory": "benchmarks.ours.shared_memory",
     "optserve, shared, copied": "benchmarks.ours.shared_memory_copied",
+    "optserve, shared, no guard": "benchmarks.ours.shared_memory_unguarded",
+    "optserve, shared, 2 in sync": "benchmarks.ours.shared_memory_sync",
     "optserve, TCP": "benchmarks.ours.tcp",
     "optserve, TCP, bf16": "benchmarks.ours.tcp_bfloat16",
     "optserve, TCP, int8/bf16": "benchmarks.ours.tcp_int8",
@@ -69,7 +71,9 @@ COMPARISONS = {
         ("optserve, TCP", "raw TCP echo"),
         ("torch RPC", "optserve, TCP"),
         ("optserve, shared memory", "torch Adam, local"),
+        ("optserve, shared, no guard", "torch Adam, local"),
         ("optserve, shared, copied", "torch Adam, local"),
+        ("optserve, shared, 2 in sync", "gloo all-reduce"),
         ("optserve, TCP, bf16", "optserve, TCP"),
         ("optserve, TCP, int8/bf16", "optserve, TCP"),
     ],
@@ -78,10 +82,11 @@ COMPARISONS = {
 NOTES = (
     "Adam on one float32 tensor; torch's is fused. Everything is on one host, and TCP is loopback. At 100 M, contenders run "
     "one after another, at fewer they take turns.",
-    'optserve checks every gradient: finite, norm, digest. "Shared memory" computes the gradient in the handle\'s buffer and '
+    'optserve checks every gradient: finite, norm, digest; "no guard" does not. "Shared memory" computes the gradient in the handle\'s buffer and '
     'reads parameters in place, "copied" takes and returns ordinary arrays; "int8/bf16" is int8 there, bfloat16 back.',
     "Not TCP: on one host torch RPC sends control messages, and Ray its arrays, through shared memory.",
-    "gloo: two workers average over TCP, then each updates all parameters on its share of the processors.",
+    'gloo: two workers average over TCP, then each updates all parameters on its share of the processors. "2 in sync": two '
+    "workers' gradients make one update.",
     "Echoes do no work. The gRPC stream returns each message as it arrives, the other two begin when they have everything.",
 )
 

@@ -18,8 +18,9 @@ from direct import DirectSet
 from optimizer_table import ROWS
 from optserve import Position, Receipt, TensorSpec, optim
 from optserve._codecs import codec
+from optserve._specification import Run
 from optserve._wire import pack
-from optserve.formats import BFloat16, Format
+from optserve.formats import BFloat16, Format, Int8
 from optserve_server import Server
 from optserve_server.engine import threads
 from optserve_server.engine.parameter_set import ParameterSet
@@ -68,20 +69,23 @@ class Worker:
         ]
         base = Position(incarnation=1, version=0)
         push = self._direct.set.begin(self._sequence, declared, base=base, changes=pushed.changes)
-        tensors = ((k, *encoded(array, pushed.format)) for k, array in enumerate(pushed.gradients.values()))
-        for payload in pack(tensors, self._direct.chunk_bytes):
-            push.add(payload.runs, payload.buffer, replace=False)
+        arrays = pushed.gradients.values()
+        if pushed.format is None:
+            tensors = ((k, array.reshape(-1).view(np.uint8).data, array.itemsize) for k, array in enumerate(arrays))
+            for payload in pack(tensors, self._direct.chunk_bytes):
+                push.add(payload.runs, payload.buffer, replace=False)
+        else:
+            runs = [Run(k, 0, array.size) for k, array in enumerate(arrays)]
+            push.add(runs, b"".join(encoded(array, pushed.format) for array in arrays), replace=False)
         push.finish()
         return self._direct.set.push(self._session, self, push, pull=True, held=self.held)
 
 
-def encoded(array: Array, format: Format | None) -> tuple[memoryview, int]:
-    """A gradient as it travels, and the size of an element of that."""
-    if format is None:
-        return array.reshape(-1).view(np.uint8).data, array.itemsize
+def encoded(array: Array, format: Format) -> bytes:
+    """A gradient as it travels."""
     out = np.empty(format.encoded_size(array.size), np.uint8)
     codec(format).encode(array.reshape(-1), None, None, out)
-    return out.data, out.size // array.size
+    return out.tobytes()
 
 
 def push_together(
@@ -132,7 +136,7 @@ def normal(shape: tuple[int, ...], dtype: Any, seed: int) -> Array:
 
 
 def some_pushes(start: Mapping[str, Array], count: int, randomness: random.Random) -> list[Pushed]:
-    """Of different tensors, some as bfloat16, some with a new learning rate, some to be refused."""
+    """Of different tensors, some as bfloat16 or int8, some with a new learning rate, some to be refused."""
     pushes = []
     for seed in range(count):
         names = randomness.sample(list(start), randomness.randint(1, len(start)))
@@ -146,7 +150,8 @@ def some_pushes(start: Mapping[str, Array], count: int, randomness: random.Rando
             changes = {"default": {"lr": 0.01 * seed}}
         elif 0.4 < chosen < 0.5:
             changes = {"default": {"lr": -1.0}}
-        pushes.append(Pushed(gradients, BFloat16() if single and randomness.random() < 0.3 else None, changes))
+        format = randomness.choice([None, None, BFloat16(), Int8()]) if single else None
+        pushes.append(Pushed(gradients, format, changes))
     return pushes
 
 
@@ -234,7 +239,7 @@ def test_pushes_that_wait_together_give_what_they_give_in_turn(
 def test_large_pushes_that_wait_together_give_what_they_give_in_turn(
     name: str, count: int, read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On two and three threads, in pieces, with gradients as float32 and as bfloat16 in the same pass."""
+    """On two and three threads, in pieces, with gradients as float32, bfloat16 and int8 in the same pass."""
     start = {
         "large": normal((2 * INLINE + STRIP // 2 + 77,), "float32", 1),
         "small": normal((5,), "float32", 2),
@@ -250,6 +255,8 @@ def test_large_pushes_that_wait_together_give_what_they_give_in_turn(
         Pushed(of(13, "small", "large"), BFloat16()),
         Pushed({"large": np.full(start["large"].shape, np.inf, np.float32)}),
         Pushed(of(14, "halves", "large")),
+        Pushed(of(15, "small", "large"), Int8()),
+        Pushed(of(16, "large"), Int8()),
     ]
     assert_together_is_in_turn(
         start, ROWS[name].optimizer, pushes, monkeypatch, read=read, threads=count, chunk_bytes=1 << 16

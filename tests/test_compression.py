@@ -1,5 +1,6 @@
 """Formats on the way to a server and back: what it reads is what was encoded, and what was not said is said later."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,13 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import optserve
+from direct import DirectSet
 from optserve import formats, optim
 from optserve._codecs import codec
 from optserve._specification import BLOCK, Run
 from optserve.formats import Format
 from optserve_server import Server
+from optserve_server.engine.push import Declared
 from optserve_server.engine.staging import Staging
-from optserve_server.engine.threads import Threads
+from optserve_server.engine.threads import INLINE, Threads
 from proxy import Proxy
 
 Array = np.ndarray[Any, Any]
@@ -154,6 +157,43 @@ def test_several_readers_of_one_version_share_one_encoding(
     assert first is second
     weights.push({"x": np.ones(5, np.float32)})
     assert held.snapshot(dtype=bfloat16) is not first
+
+
+@settings(max_examples=20)
+@given(st.integers(INLINE, 3 * INLINE), st.lists(st.integers(1, 20), max_size=6), st.randoms(use_true_random=False))
+def test_int8_is_read_where_it_lies_however_it_came(size: int, cuts: list[int], random: Any) -> None:
+    """In chunks of whole blocks in any order, some of which replace others, cut over threads in the middle of records."""
+    format, direct = formats.Int8(), DirectSet({"x": np.zeros(size, np.float32)}, ADDING)
+    right, wrong = (np.empty(format.encoded_size(size), np.uint8) for _ in range(2))
+    values = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    codec(format).encode(values, None, None, right)
+    codec(format).encode(-values, None, None, wrong)
+    edges = sorted({0, size, *(cut * BLOCK for cut in cuts if cut * BLOCK < size)})
+    chunks = [(wrong, 0, size), *((right, begin, end) for begin, end in itertools.pairwise(edges))]
+    chunks[1:] = random.sample(chunks[1:], len(chunks) - 1)
+    spec = direct.set.spec.tensors[0]
+    push = direct.set.begin(1, [Declared(spec, format=format)])
+    for data, begin, end in chunks:
+        part = data[format.encoded_size(begin) : format.encoded_size(end)]
+        push.add([Run(0, begin, end - begin)], part, replace=data is right)
+    push.finish()
+    receipt, _ = direct.set.push(direct.session, direct, push, pull=False)
+    expected = np.empty(size, np.float32)
+    codec(format).decode(right, expected)
+    assert direct.pull()["x"].tobytes() == expected.tobytes()
+    np.testing.assert_allclose(receipt.gradient_norm, np.linalg.norm(expected.astype(np.float64)))
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS], ids=str)
+def test_weight_decay_in_a_set_of_moments_reads_parameters_as_they_are(
+    tcp_client: optserve.Client, new_id: NewId, format: Format | None
+) -> None:
+    start = {"x": np.linspace(1, 2, 2 * BLOCK + 1, dtype=np.float32)}
+    weights = tcp_client.create_parameter_set(
+        new_id(), start, optim.SGD(lr=1.0, weight_decay=0.5), holds="moments", push_format=format
+    )
+    pushed = {"x": np.zeros_like(start["x"])}
+    np.testing.assert_array_equal(weights.step(pushed, parameters=start)["x"], -start["x"] / 2)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=50)

@@ -8,6 +8,7 @@ import numpy as np
 from optserve._buffers import Buffers
 from optserve._codecs import Codec, codec
 from optserve._compression import CompressedPush
+from optserve._copy import copy_array
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, narrowed
 from optserve._errors import InvalidChunk, TensorMismatch
 from optserve._messages import encode_dtype
@@ -134,7 +135,7 @@ class Segments(Chunks):
                 continue
             for begin in range(0, array.size, PIECE):
                 piece = slice(begin, min(begin + PIECE, array.size))
-                np.copyto(place.reshape(-1)[piece], array.reshape(-1)[piece])
+                copy_array(place.reshape(-1)[piece], array.reshape(-1)[piece])
                 yield Run(k, begin, piece.stop - begin)
 
     def _readable(self, array: Array, place: Array) -> Array:
@@ -158,7 +159,7 @@ class Segments(Chunks):
             return views
         arrays = self._buffers.arrays([self._tensors[index] for index in header.tensors])
         for array, view in zip(arrays, views, strict=True):
-            np.copyto(array, view)
+            copy_array(array, view)
         self._release()
         return arrays
 

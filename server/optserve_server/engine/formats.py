@@ -12,6 +12,9 @@ from numba import njit
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 
+# What Int8 (`optserve.formats`) travels as: float32 to those who read it (`readers`).
+INT8 = DType("int8", np.dtype(np.int8), FLOAT32.compute)
+
 Scalar = Callable[[Any], Any]
 
 # The three parts of a binary32, and what separates it from a binary16.
@@ -70,7 +73,7 @@ def _encode_float16(x: Any) -> Any:
     return np.uint16(half | np.uint32(np.uint32(bits >> 16) & np.uint32(0x8000)))
 
 
-_DECODERS = {FLOAT32: _same, FLOAT64: _same, BFLOAT16: _decode_bfloat16, FLOAT16: _decode_float16}
+_DECODERS = {INT8: _same, FLOAT32: _same, FLOAT64: _same, BFLOAT16: _decode_bfloat16, FLOAT16: _decode_float16}
 _ENCODERS = {FLOAT32: _same, FLOAT64: _same, BFLOAT16: _encode_bfloat16, FLOAT16: _encode_float16}
 
 
@@ -86,4 +89,6 @@ def encoder(dtype: DType) -> Scalar:
 
 def bits(dtype: DType) -> np.dtype[Any]:
     """The NumPy type through which loops see an element's memory: unsigned integers for half precision."""
+    if dtype is INT8:
+        return dtype.compute
     return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype.storage

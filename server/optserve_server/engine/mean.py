@@ -13,7 +13,7 @@ from optserve_server.engine.loops import MEAN_COLUMNS, mean_loop
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
-ADDRESS = 2  # column of a mean's table
+SKIP = 3  # column of a mean's table, which advances with the elements
 
 _COMPUTE = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
 
@@ -45,7 +45,10 @@ class Mean:
             start = self._layout.places[index].start
             for k, gradient in enumerate(sorted((each[index] for each in gradients), key=_dtype_name)):
                 table = tables.setdefault(gradient.spec.dtype, [])
-                table += [[start + piece.offset, piece.size, piece.address, int(k == 0)] for piece in gradient.pieces]
+                table += [
+                    [start + piece.offset, piece.size, piece.address, piece.skip, int(k == 0)]
+                    for piece in gradient.pieces
+                ]
         parts = []
         for dtype in sorted(tables, key=lambda dtype: dtype.name):
             rows = np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
@@ -67,10 +70,15 @@ class Mean:
         return mean
 
 
+def dtype_of(dtype: DType) -> DType:
+    """What the mean of gradients of a dtype is."""
+    return _COMPUTE[dtype.compute]
+
+
 def run(parts: Iterable[Part], threads: Threads) -> None:
     """Make the mean: gradients are added in an order that depends on nothing but their workers and dtypes."""
     for part in parts:
-        threads.run_in_order(mean_loop(part.dtype), part.table, {ADDRESS: part.dtype.itemsize}, part.weight, part.mean)
+        threads.run_in_order(mean_loop(part.dtype), part.table, {SKIP: 1}, part.weight, part.mean)
 
 
 def _dtype_name(gradient: StagedTensor) -> str:

@@ -31,7 +31,7 @@ from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Planner, Update
+from optserve_server.engine.update import Planner, Read, Update
 
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
 
@@ -90,9 +90,10 @@ class ParameterSet:
         self._memory: list[RuleMemory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
         self._planner = Planner(self.rule, self.layout, moments_only=spec.holds is Holds.MOMENTS)
         self._mean = Mean(spec.tensors, self.layout) if self._rounds.workers > 1 else None
-        self._compiled: set[DType] = set()
+        self._compiled: set[Read] = set()
         for dtype in {tensor.dtype for tensor in spec.tensors}:
-            self._compile(dtype)
+            self._compile((dtype, dtype if spec.holds is Holds.MOMENTS else None))
+            encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
 
     @property
     def position(self) -> Position:
@@ -144,7 +145,11 @@ class ParameterSet:
         tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
         for place, tensor in zip(self.layout.places, staging.tensors, strict=True):
             table = tables.setdefault((place.compute, tensor.spec.dtype), [])
-            table += [[place.start + piece.offset, piece.size, piece.address] for piece in tensor.pieces]
+            itemsize = tensor.spec.dtype.itemsize
+            table += [
+                [place.start + piece.offset, piece.size, piece.address + piece.skip * itemsize]
+                for piece in tensor.pieces
+            ]
         for (compute, dtype), table in tables.items():
             if table:
                 rows = np.array(table, np.int64)
@@ -174,8 +179,8 @@ class ParameterSet:
     ) -> Push:
         """A push of this set, to be filled, finished and given to `push`."""
         push = Push(self.spec, self.indices, self._threads, sequence, declared, base=base, changes=changes)
-        for dtype in push.dtypes - self._compiled:  # what gradients travel as is not known before
-            self._compile(dtype)
+        for read in self._reads(push) - self._compiled:  # what gradients travel as is not known before
+            self._compile(read)
         return push
 
     def push(
@@ -420,15 +425,23 @@ class ParameterSet:
             self._present = tuple(sorted(draft.updated))
         self._broken = False
 
-    def _compile(self, dtype: DType) -> None:
-        """Compile the loops that gradients of a dtype need now, by running them on nothing, rather than under the lock."""
-        arena, nothing = self._buffers.current.arena, np.empty((0, 3), np.int64)
-        self._planner.compile(dtype, self._groups[0], arena, list(self._slots.values()))
+    def _reads(self, push: Push) -> set[Read]:
+        """What the loops will have to read that apply a push."""
+        if push.refusal is not None:
+            return set()
+        parameters = push.parameters
+        return {self._planner.read(each, parameters.get(index)) for index, each in push.gradients.items()}
+
+    def _compile(self, read: Read) -> None:
+        """Compile the loops that a push needs now, by running them on nothing, rather than under the lock."""
+        arena, slots = self._buffers.current.arena, list(self._slots.values())
+        for dtype in filter(None, read):
+            guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
+        self._planner.compile(read, self._groups[0], arena, slots)
         if self._mean is not None:
-            self._mean.compile(dtype)
-        guard_loop(dtype)(nothing, np.empty(0), np.empty(0, np.uint32))
-        encode_loop(dtype)(nothing, arena[dtype.compute])
-        self._compiled.add(dtype)
+            self._mean.compile(read[0])
+            self._planner.compile((mean.dtype_of(read[0]), read[1]), self._groups[0], arena, slots)
+        self._compiled.add(read)
 
     def _check_parameters(
         self, gradients: Container[int], parameters: Container[int], groups: tuple[TensorGroup, ...]

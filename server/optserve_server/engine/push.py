@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32
 from optserve._errors import InvalidArgument, InvalidChunk, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
-from optserve.formats import BFloat16, Float16, Format
+from optserve.formats import BFloat16, Float16, Format, Int8
+from optserve_server.engine.formats import INT8
 from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.threads import Threads
 
-_STAGED = {BFloat16: BFLOAT16, Float16: FLOAT16}  # read as they travel; other formats are decoded on arrival
+_STAGED = {BFloat16: BFLOAT16, Float16: FLOAT16, Int8: INT8}  # read as they travel; top-k is decoded on arrival
 
 
 class Declared(NamedTuple):
@@ -32,9 +33,9 @@ class Declared(NamedTuple):
         return self.spec if self.format is None else replace(self.spec, dtype=_STAGED.get(type(self.format), FLOAT32))
 
     @property
-    def decoded(self) -> Format | None:
-        """What it has to be decoded from on arrival, if it has to be."""
-        return None if type(self.format) in _STAGED else self.format
+    def blocked(self) -> Format | None:
+        """The format, if it has records of many elements."""
+        return None if isinstance(self.format, BFloat16 | Float16) else self.format
 
 
 class Push:
@@ -68,13 +69,8 @@ class Push:
             declared = ()  # nothing is made room for that was not registered
         self._registered = {k: index for index, k in self._gradients.items()}
         self._declared = declared
-        staged, formats = [each.staged for each in declared], [each.decoded for each in declared]
+        staged, formats = [each.staged for each in declared], [each.blocked for each in declared]
         self._staging = Staging(staged, threads, formats, guard=spec.guard)
-
-    @property
-    def dtypes(self) -> set[DType]:
-        """What the staged elements are."""
-        return {tensor.spec.dtype for tensor in self._staging.tensors}
 
     @property
     def nbytes(self) -> int:

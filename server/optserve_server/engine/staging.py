@@ -14,29 +14,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import DType
+from optserve._codecs import codec
+from optserve._dtypes import FLOAT32, DType
 from optserve._errors import InvalidChunk, NonFiniteValue
 from optserve._specification import BLOCK, Run, TensorSpec
-from optserve.formats import Format
-from optserve_server.engine.decoders import decoder_of
-from optserve_server.engine.formats import bits, decoder
+from optserve.formats import Format, Int8, TopK
+from optserve_server.engine.decoders import decode_top_k
+from optserve_server.engine.formats import INT8, bits, decoder
 from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.threads import Threads
 
 INLINE = 1 << 20  # elements: chunks from the wire are guarded by the thread that received them
 MOST_PIECES = 64  # for each tensor, and two for each of its blocks: bookkeeping stays small beside the elements
+SKIP = 3  # column of the guard's table, which advances with the elements
 REPLACEMENTS = 4  # a transfer may carry this many times its tensors' bytes, replaced segments included
+
+_INT8 = Int8()
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of one tensor in received memory."""
+    """Consecutive elements of one tensor in received memory: after the first `skip` of those at an address."""
 
     offset: int
     size: int
     address: int
+    skip: int = 0
 
 
-GuardRow = tuple[DType, int, int, int]  # dtype, first element counted from the transfer's first block, size, address
+GuardRow = tuple[DType, int, int, int, int]  # dtype, first element from the transfer's first block, size, address, skip
 
 
 class StagedTensor:
@@ -75,11 +80,10 @@ class StagedTensor:
         self.pieces[first:last] = merged
 
     def _outside(self, piece: Piece, begin: int, end: int) -> Iterable[Piece]:
-        itemsize = self.spec.dtype.itemsize
         if piece.offset < begin:
-            yield Piece(piece.offset, begin - piece.offset, piece.address)
+            yield piece._replace(size=begin - piece.offset)
         if piece.offset + piece.size > end:
-            yield Piece(end, piece.offset + piece.size - end, piece.address + (end - piece.offset) * itemsize)
+            yield Piece(end, piece.offset + piece.size - end, piece.address, piece.skip + end - piece.offset)
 
 
 class Staging:
@@ -172,12 +176,12 @@ class Staging:
         return format.encoded_size(run.size)
 
     def _decoded(self, run: Run, data: NDArray[np.uint8]) -> int:
-        """Address of a run's elements."""
+        """Address of a run's elements as they will be read."""
         format = self._formats[run.tensor]
-        if format is None:
+        if not isinstance(format, TopK):
             return data.ctypes.data
         elements = np.empty(run.size, np.float32)
-        decoder_of(format)(data, elements)
+        decode_top_k(format, data, elements)
         self._messages.append(elements)
         return elements.ctypes.data
 
@@ -218,39 +222,40 @@ class Staging:
         whole = end if end == tensor.spec.size else end // BLOCK * BLOCK
         if whole <= begin:
             return None
-        dtype = tensor.spec.dtype
-        address = piece.address + (begin - piece.offset) * dtype.itemsize
-        return dtype, tensor.first_block * BLOCK + begin, whole - begin, address
+        skip = piece.skip + begin - piece.offset
+        return tensor.spec.dtype, tensor.first_block * BLOCK + begin, whole - begin, piece.address, skip
 
     def _guard(self, rows: Iterable[GuardRow]) -> None:
-        tables: dict[DType, list[tuple[int, int, int]]] = {}
-        for dtype, start, size, address in rows:
-            tables.setdefault(dtype, []).append((start, size, address))
+        tables: dict[DType, list[tuple[int, int, int, int]]] = {}
+        for dtype, start, size, address, skip in rows:
+            tables.setdefault(dtype, []).append((start, size, address, skip))
             self._guarded[start // BLOCK : -(-(start + size) // BLOCK)] = True
         for dtype, rows_of_dtype in tables.items():
-            table, advance = np.array(rows_of_dtype, np.int64), {2: dtype.itemsize}
-            results = self._sums, self._digests
-            self._threads.run(guard_loop(dtype), table, advance, *results, grain=BLOCK, inline=INLINE)
+            table, results = np.array(rows_of_dtype, np.int64), (self._sums, self._digests)
+            self._threads.run(guard_loop(dtype), table, {SKIP: 1}, *results, grain=BLOCK, inline=INLINE)
 
     def _guard_remaining(self, tensor: StagedTensor) -> None:
         blocks = self._blocks(tensor)
         for index in np.flatnonzero(~self._guarded[blocks]):
             elements = self._gather(tensor, int(index))
             start = (blocks.start + int(index)) * BLOCK
-            self._guard([(tensor.spec.dtype, start, elements.size, elements.ctypes.data)])
+            self._guard([(_gathered(tensor.spec.dtype), start, elements.size, elements.ctypes.data, 0)])
 
     def _gather(self, tensor: StagedTensor, block: int) -> NDArray[Any]:
         begin, end = block * BLOCK, min((block + 1) * BLOCK, tensor.spec.size)
-        elements = np.empty(end - begin, bits(tensor.spec.dtype))
+        dtype = tensor.spec.dtype
+        elements = np.empty(end - begin, bits(dtype))
         first = bisect_right(tensor.pieces, begin, key=lambda piece: piece.offset + piece.size)
         for piece in tensor.pieces[first:]:
             if piece.offset >= end:
                 break
             low, high = max(begin, piece.offset), min(end, piece.offset + piece.size)
-            itemsize = tensor.spec.dtype.itemsize
-            source = piece.address + (low - piece.offset) * itemsize
-            target = elements[low - begin : high - begin]
-            np.copyto(target.view(np.uint8), memory(source, target.nbytes))
+            skip, target = piece.skip + low - piece.offset, elements[low - begin : high - begin]
+            if dtype is INT8:  # its pieces are whole blocks
+                data = memory(piece.address + _INT8.encoded_size(skip), _INT8.encoded_size(target.size))
+                codec(_INT8).decode(data, target)
+            else:
+                np.copyto(target.view(np.uint8), memory(piece.address + skip * dtype.itemsize, target.nbytes))
         return elements
 
     def _check_finite(self, tensor: StagedTensor) -> None:
@@ -267,6 +272,11 @@ class Staging:
                     raise NonFiniteValue(
                         f"tensor {tensor.spec}: expected finite values; got {value} at index {[int(k) for k in where]}"
                     )
+
+
+def _gathered(dtype: DType) -> DType:
+    """What gathered elements are."""
+    return FLOAT32 if dtype is INT8 else dtype
 
 
 def memory(address: int, nbytes: int) -> NDArray[np.uint8]:

@@ -16,18 +16,23 @@ from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
 ROW_OF_SCALARS = 2  # column of an update's table
-ADDRESSES = (3, 4)  # columns that advance with the elements
-START_FROM_BEFORE = 5
+SKIPS = {4: 1, 6: 1}  # columns that advance with the elements
+START_FROM_BEFORE = 7
 
 _LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOAT32, FLOAT64)}
 
 
+Read = tuple[
+    DType, DType | None
+]  # dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One loop over one table of ranges, on gradients of one dtype."""
+    """One loop over one table of ranges, on gradients of one dtype (and parameters of one), into arenas of one."""
 
     loop: Loop
-    dtype: DType
+    compute: ComputeType
     table: Table
     scalars: NDArray[np.floating]
 
@@ -65,7 +70,7 @@ class Planner:
         rows: dict[tuple[int, int, Memory], int] = {}
         scalars: list[tuple[float, ...]] = []
         memories: dict[int, Memory] = {}
-        ranges: dict[DType, list[list[int]]] = {}
+        ranges: dict[Read, list[list[int]]] = {}
         for number, group in enumerate(groups):
             for index in group.members:
                 if index not in gradients:
@@ -76,28 +81,34 @@ class Planner:
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
                     scalars.append((*preparation(group.optimizer), *own))
-                table = ranges.setdefault(gradients[index].spec.dtype, [])
+                gradient, parameter = gradients[index], parameters.get(index)
+                table = ranges.setdefault(self.read(gradient, parameter), [])
                 start, carry = self._layout.places[index].start, int(index not in updated)
-                table += _ranges(start, row, gradients[index], parameters.get(index), carry)
-        return Update([self._work(dtype, table, scalars) for dtype, table in ranges.items()], memories)
+                table += _ranges(start, row, gradient, parameter or gradient, carry)
+        return Update([self._work(read, table, scalars) for read, table in ranges.items()], memories)
 
-    def compile(self, dtype: DType, group: TensorGroup, arena: Arena, slots: Sequence[Arena]) -> None:
-        """Compile the loop for gradients of a dtype now rather than at the first push, by running it on nothing."""
+    def read(self, gradient: StagedTensor, parameter: StagedTensor | None) -> Read:
+        """What the loop reads that updates a tensor."""
+        return gradient.spec.dtype, (parameter or gradient).spec.dtype if self._moments_only else None
+
+    def compile(self, read: Read, group: TensorGroup, arena: Arena, slots: Sequence[Arena]) -> None:
+        """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
         scalars = [(*preparation(group.optimizer), *self._rule.scalars(group.optimizer, 1, memory))]
-        work, compute = self._work(dtype, [], scalars), dtype.compute
+        work = self._work(read, [], scalars)
+        compute = work.compute
         work.loop(work.table, work.scalars, arena[compute], arena[compute], *(slot[compute] for slot in slots))
 
-    def _work(self, dtype: DType, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
-        largest = _LARGEST[dtype.compute]
+    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
+        compute = read[0].compute
+        largest = _LARGEST[compute]
         for row in scalars:
             if not all(-largest <= value <= largest for value in row):
                 raise InvalidHyperparameter(
-                    f"expected hyperparameters whose update can be computed in {dtype.compute.name}; some overflow: {row}"
+                    f"expected hyperparameters whose update can be computed in {compute.name}; some overflow: {row}"
                 )
-        values = np.array(scalars, dtype.compute)
-        loop = update_loop(self._rule, dtype, moments_only=self._moments_only)
-        return Work(loop, dtype, np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), values)
+        table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
+        return Work(update_loop(self._rule, *read), compute, table, np.array(scalars, compute))
 
 
 def run(updates: Iterable[Update], before: Arena, after: Arena, slots: Sequence[Arena], threads: Threads) -> None:
@@ -106,14 +117,13 @@ def run(updates: Iterable[Update], before: Arena, after: Arena, slots: Sequence[
         if before is after:
             for work in works:
                 work.table[:, START_FROM_BEFORE] = 0
-        loop, dtype = works[0].loop, works[0].dtype
-        arenas = (arena[dtype.compute] for arena in (before, after, *slots))
-        addresses = dict.fromkeys(ADDRESSES, dtype.itemsize)
+        loop, compute = works[0].loop, works[0].compute
+        arenas = (arena[compute] for arena in (before, after, *slots))
         if len(works) == 1:
-            threads.run(loop, works[0].table, addresses, works[0].scalars, *arenas)
+            threads.run(loop, works[0].table, SKIPS, works[0].scalars, *arenas)
         else:
             table, scalars = _joined(works)
-            threads.run_in_order(loop, table, addresses, scalars, *arenas)
+            threads.run_in_order(loop, table, SKIPS, scalars, *arenas)
 
 
 def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
@@ -122,7 +132,7 @@ def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
     last: dict[ComputeType, list[Work]] = {}
     for update in updates:
         for work in update.work:
-            compute = work.dtype.compute
+            compute = work.compute
             if compute not in last or last[compute][0].loop is not work.loop:
                 last[compute] = []
                 passes.append(last[compute])
@@ -140,18 +150,14 @@ def _joined(works: Sequence[Work]) -> tuple[Table, NDArray[np.floating]]:
     return np.concatenate(tables), np.concatenate([work.scalars for work in works])
 
 
-def _ranges(
-    start: int, row: int, gradient: StagedTensor, parameter: StagedTensor | None, carry: int
-) -> list[list[int]]:
-    """Rows of an update's table for one tensor that starts at an element of the arena."""
-    size = gradient.spec.dtype.itemsize
-    if parameter is None:  # any readable memory: what is read there is multiplied by zero, and gradients are finite
-        return [
-            [start + piece.offset, piece.size, row, piece.address, piece.address, carry] for piece in gradient.pieces
-        ]
+def _ranges(start: int, row: int, gradient: StagedTensor, parameter: StagedTensor, carry: int) -> list[list[int]]:
+    """Rows of an update's table for one tensor that starts at an element of the arena.
+
+    Where there are no parameters, the gradient stands for them: what is read there is multiplied by zero, and it is finite.
+    """
     return [
-        [start + begin, end - begin, row, left.address + (begin - left.offset) * size,
-         right.address + (begin - right.offset) * size, carry]
+        [start + begin, end - begin, row, left.address, left.skip + begin - left.offset,
+         right.address, right.skip + begin - right.offset, carry]
         for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
     ]  # fmt: skip
 
