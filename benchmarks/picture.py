@@ -1,4 +1,7 @@
-"""What a run on the wire found, as a picture. Colours are Okabe and Ito's and one of Tol's, which colour-blind people can tell apart too."""
+"""What a run on the wire found, as a picture.
+
+Colours are Okabe and Ito's and one of Tol's, which colour-blind people can tell apart too.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -82,8 +82,9 @@ COMPARISONS = {
 NOTES = (
     "Adam on one float32 tensor; torch's is fused. Everything is on one host, and TCP is loopback. At 100 M, contenders run "
     "one after another, at fewer they take turns.",
-    'optserve checks every gradient: finite, norm, digest; "no guard" does not. "Shared memory" computes the gradient in the handle\'s buffer and '
-    'reads parameters in place, "copied" takes and returns ordinary arrays; "int8/bf16" is int8 there, bfloat16 back.',
+    'optserve checks every gradient: finite, norm, digest; "no guard" does not. "Shared memory" computes the gradient in the '
+    'handle\'s buffer and reads parameters in place, "copied" takes and returns ordinary arrays; "int8/bf16" is int8 there, '
+    "bfloat16 back.",
     "Not TCP: on one host torch RPC sends control messages, and Ray its arrays, through shared memory.",
     'gloo: two workers average over TCP, then each updates all parameters on its share of the processors. "2 in sync": two '
     "workers' gradients make one update.",
