@@ -1,4 +1,4 @@
-"""`python -m benchmarks [rules] [wire]`: what is named, or everything, in one run."""
+"""`python -m benchmarks [rules | wire]`: what is named, or everything, in one run."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 from benchmarks import rules, wire
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; by default everything.")
-parser.add_argument("names", nargs="*", choices=("rules", "wire"))
+parser.add_argument("name", nargs="?", choices=("rules", "wire"))
 parser.add_argument(
     "--sizes",
     nargs="+",
@@ -19,8 +19,7 @@ parser.add_argument(
     help=f"of {', '.join(map(str, wire.EFFORTS))} parameters; a run on the wire with some of them is shown, but not kept",
 )
 arguments = parser.parse_args()
-names = arguments.names or ["rules", "wire"]
-if "rules" in names:
+if arguments.name != "wire":
     rules.run()
-if "wire" in names:
+if arguments.name != "rules":
     wire.run(arguments.sizes)

@@ -22,7 +22,7 @@ def medians(groups: Sequence[Collection[str]], results: Results) -> Table:
 
 def quartiles(ratios: Mapping[int, Mapping[str, tuple[float, float, float]]]) -> Table:
     """Ratios by size."""
-    table = _table("ratios", "", "parameters", "of medians", "quartiles, round by round")
+    table = _table("ratios", "", "parameters", "of medians", "quartiles")
     for size, comparisons in ratios.items():
         for name, (low, median, high) in comparisons.items():
             table.add_row(name, count(size), f"{median:.2f}", f"{low:.2f}–{high:.2f}")
