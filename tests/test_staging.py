@@ -106,6 +106,18 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(array: Any, data: st
         staging.finish()
 
 
+def test_the_digest_tells_flipped_signs_whose_places_would_cancel() -> None:
+    """3 - 9 - 17 + 23 = 0: a sum of words times 2i + 1 would miss these four."""
+    array = np.abs(np.random.default_rng(0).normal(size=12)).astype(np.float32)
+    array[[1, 11]] *= -1
+    other = array.copy()
+    other[[1, 4, 8, 11]] *= -1
+    one, two = stage(array, []), stage(other, [])
+    one.finish()
+    two.finish()
+    assert one.digest() != two.digest()
+
+
 def test_large_float64_values_whose_squares_overflow_are_finite() -> None:
     staging = stage(np.array([1e200, -1e300, 3.0]), [])
     staging.finish()

@@ -116,8 +116,11 @@ def guard_loop(dtype: DType) -> Loop:
 
     A row of `table`, int64 [n, 4], is the first element, a multiple of BLOCK, the number of elements, address and skip.
     `sums` is float64 [blocks], `digests` uint32 [blocks]; elements 0 to BLOCK make the first block. A sum is finite exactly
-    if every element is, except that float64 squares may overflow. One loop does both, so that the arithmetic of one part
-    hides behind the other and the whole behind the memory.
+    if every element is, except that float64 squares may overflow. Of a word w, rotated so that its sign is not the uppermost
+    bit, and its place i the digest has w(w + 2i + 1): the factor is odd where w changes by an even number, so no such change of
+    one word goes unseen, and what a flipped sign adds depends on the word, so that those of several don't cancel, but by chance
+    or among a few round numbers. One loop does both, so that the arithmetic of one part hides behind the other and the whole
+    behind the memory.
     """
     decode, (read, new_buffer) = decoder(dtype), reader(dtype)
     itemsize = bits(dtype).itemsize
@@ -139,9 +142,9 @@ def guard_loop(dtype: DType) -> Loop:
         for i in range(elements.size):
             value = np.float64(decode(elements[i]))
             total += value * value
-            mixed = fold(words[i])  # rotated, lest flipped signs, the uppermost bits, cancel in the sum
+            mixed = fold(words[i])
             mixed = np.uint32(np.uint32(mixed << np.uint32(7)) | np.uint32(mixed >> np.uint32(25)))
-            digest = np.uint32(digest + np.uint32(mixed * np.uint32(2 * i + 1)))
+            digest = np.uint32(digest + np.uint32(mixed * np.uint32(mixed + np.uint32(2 * i + 1))))
         return total, digest
 
     def guard(table: Any, sums: Any, digests: Any) -> None:
