@@ -1,6 +1,7 @@
 """What tests share: one server for the whole run, and a client on each transport."""
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,12 @@ from optserve_server import Config, Server
 
 settings.register_profile("optserve", deadline=None)  # the first example of a test may compile a loop
 settings.load_profile("optserve")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C be an exception, also where a shell runs the suite in the background, and with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
