@@ -41,6 +41,20 @@ RULES = {
     "AdamW": optim.AdamW(),
     "AMSGrad": optim.AMSGrad(),
     "NAdam": optim.NAdam(),
+    "RAdam": optim.RAdam(),
+    "Adamax": optim.Adamax(),
+    "AdaBelief": optim.AdaBelief(),
+    "Yogi": optim.Yogi(),
+    "Adan": optim.Adan(),
+    "AdEMAMix": optim.AdEMAMix(),
+    "ADOPT": optim.ADOPT(),
+    "ASGD": optim.ASGD(),
+    "SignSGD": optim.SignSGD(),
+    "Signum": optim.Signum(),
+    "Lion": optim.Lion(),
+    "Adadelta": optim.Adadelta(),
+    "Rprop": optim.Rprop(),
+    "FTRL": optim.FTRL(),
 }
 
 

@@ -39,10 +39,10 @@ class DirectSet:
         self.session = self.set.open("direct", 0, self)
         self._sequence = itertools.count(1)
 
-    def push(self, gradients: Mapping[str, Array]) -> Receipt:
+    def push(self, gradients: Mapping[str, Array], changes: Mapping[str, Mapping[str, Any]] | None = None) -> Receipt:
         """Apply gradients; returns the receipt, of a refusal too."""
         declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
-        push = self.set.begin(next(self._sequence), declared)
+        push = self.set.begin(next(self._sequence), declared, changes=changes)
         for payload in pack(self._views(gradients), self.chunk_bytes):
             push.add(payload.runs, payload.buffer, replace=False)
         push.finish()

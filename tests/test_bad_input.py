@@ -206,6 +206,9 @@ def test_a_refused_push_leaves_a_legal_next_sequence(client: optserve.Client, ne
         (lambda: optim.RMSprop(momentum=-0.1), "momentum.*at least 0"),
         (lambda: optim.Adagrad(lr_decay=-1), "lr_decay.*at least 0"),
         (lambda: optim.NAdam(momentum_decay=-1), "momentum_decay.*at least 0"),
+        (lambda: optim.Rprop(etas=(0.5, 1.0)), r"0 < etas\[0\] < 1 < etas\[1\]; got \(0.5, 1.0\)"),
+        (lambda: optim.FTRL(lr=0), "positive lr"),
+        (lambda: optim.Adan(betas=(0.9, 0.9)), "betas to be 3 numbers"),
         (lambda: optim.Adam(lr=True), "lr to be a number; got True"),
         (lambda: optim.Adam(amsgrad=0), "amsgrad to be True or False; got 0"),
         (lambda: optim.Adam(betas=0.9), "betas to be 2 numbers; got 0.9"),
@@ -232,3 +235,11 @@ def test_an_unknown_rule_is_refused_with_a_suggestion() -> None:
 def test_a_group_needs_a_proper_name(name: str) -> None:
     with pytest.raises(optserve.InvalidGroup, match="group name"):
         optim.Group(name, "w")
+
+
+@pytest.mark.parametrize("optimizer", [optim.ASGD(), optim.FTRL(), optim.Adan()], ids=lambda each: each.rule)
+def test_a_rule_that_reads_parameters_needs_a_set_that_holds_them(
+    client: optserve.Client, new_id: NewId, optimizer: optim.Optimizer
+) -> None:
+    with pytest.raises(optserve.InvalidHyperparameter, match=f"{optimizer.rule} reads them"):
+        client.create_parameter_set(new_id(), {"x": np.ones(3)}, optimizer, holds="moments")

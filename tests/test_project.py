@@ -134,7 +134,7 @@ def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
     import torch
 
     implementation = {"foreach", "capturable", "differentiable", "fused", "params"}
-    for name in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam"):
+    for name in ("SGD", "ASGD", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"):
         theirs = {
             key: parameter.default
             for key, parameter in inspect.signature(getattr(torch.optim, name)).parameters.items()

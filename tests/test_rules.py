@@ -1,46 +1,73 @@
 """Every rule against an independent implementation, on every path into the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 import optserve
 from direct import DirectSet
-from optimizer_table import ROWS, Array, Row
+from optimizer_table import ROWS, Array, Row, Step
 from optserve import optim
-from optserve_server.engine.rules import rule_for
+from optserve_server.engine.rules import RULES, Rule, adam, adaptive, momentum, rule_for
 
+ONE = np.ones((), np.float32)
 STEPS = 100
 SIZES = (1, 15, 17, 4097, 100_003)
+BEYOND = 1e-3  # of a tensor's elements, where a rule is chaotic
 
 
-def history(size: int, dtype: type = np.float64) -> tuple[Array, list[Array]]:
-    """Parameters and gradients: noise around a drift, with scales from 1e-3 to 1e1 over the elements."""
+def history(row: Row, size: int, dtype: type = np.float64) -> tuple[Array, list[Step]]:
+    """Parameters, and what is pushed: noise around a drift, with scales from 1e-3 to 1e1 over the elements.
+
+    One element in eight has gradients near 1e-8, the epsilon of most rules. The tensor is absent at step 30, the learning rate
+    falls to 0.3 of itself at step 50, and gradients fall 100-fold at step 70.
+    """
     rng = np.random.default_rng(size)
     parameters = rng.normal(size=size)
     scale = 10.0 ** rng.uniform(-3, 1, size)
-    gradients = [scale * (rng.normal(size=size) + 0.3) for _ in range(STEPS)]
-    return parameters.astype(dtype), [gradient.astype(dtype) for gradient in gradients]
+    parameters[0], scale[0] = 4.0, 0.01  # lest the largest magnitude is nothing, where there is one element
+    scale[3::8] = 1e-8
+    steps = []
+    for k in range(STEPS):
+        gradient = scale * (rng.normal(size=size) + 0.3) * (0.01 if k >= 70 else 1.0)
+        lr = row.optimizer.lr * (0.3 if row.live and k >= 50 else 1.0)
+        steps.append(Step(None if k == 30 else gradient.astype(dtype), lr))
+    return parameters.astype(dtype), steps
 
 
-def distance(left: Array, right: Array) -> float:
-    """Largest difference, relative to the tensor's largest magnitude."""
-    return float(np.abs(left.astype(np.float64) - right).max() / np.abs(right).max())
+def in_float64(steps: list[Step]) -> list[Step]:
+    """The same steps, with the same values."""
+    return [Step(None if step.gradient is None else step.gradient.astype(np.float64), step.lr) for step in steps]
 
 
-def run_direct(row: Row, parameters: Array, gradients: list[Array], threads: int = 2) -> Array:
-    direct = DirectSet({"x": parameters}, row.optimizer, threads=threads)
-    for gradient in gradients:
-        assert direct.push({"x": gradient}).applied
+def distances(left: Array, right: Array) -> Array:
+    """Differences, relative to the tensor's largest magnitude."""
+    return np.abs(left.astype(np.float64) - right) / np.abs(right).max()
+
+
+def pushes(row: Row, steps: list[Step]) -> Iterator[tuple[dict[str, Array], dict[str, dict[str, float]]]]:
+    """What a worker pushes: gradients, and the changes of hyperparameters with them."""
+    lr = row.optimizer.lr
+    for step in steps:
+        gradients = {"y": ONE} | ({} if step.gradient is None else {"x": step.gradient})
+        yield gradients, {"default": {"lr": step.lr}} if step.lr != lr else {}
+        lr = step.lr
+
+
+def run_direct(row: Row, parameters: Array, steps: list[Step], threads: int = 2) -> Array:
+    direct = DirectSet({"x": parameters, "y": ONE}, row.optimizer, threads=threads)
+    for gradients, changes in pushes(row, steps):
+        receipt = direct.push(gradients, changes)
+        assert receipt.applied, receipt.refusal
     return direct.pull()["x"]
 
 
-def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array, gradients: list[Array]) -> Array:
-    with client.create_parameter_set(set_id, {"x": parameters}, row.optimizer) as weights:
-        for gradient in gradients[:-1]:
-            weights.push({"x": gradient})
-        result = weights.step({"x": gradients[-1]})
+def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array, steps: list[Step]) -> Array:
+    with client.create_parameter_set(set_id, {"x": parameters, "y": ONE}, row.optimizer) as weights:
+        for gradients, changes in pushes(row, steps):
+            weights.push(gradients, hyperparameters=changes)
+        result = weights.pull()
         weights.delete()
         return result["x"]
 
@@ -48,24 +75,32 @@ def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_float64_equals_the_oracle_to_1e_12(row: Row, size: int) -> None:
-    parameters, gradients = history(size)
-    assert distance(run_direct(row, parameters, gradients), row.oracle(parameters, gradients)) <= 1e-12
+    parameters, steps = history(row, size)
+    assert distances(run_direct(row, parameters, steps), row.oracle(parameters, steps)).max() <= 1e-12
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_float32_is_as_close_to_float64_as_torch_is(row: Row, size: int) -> None:
-    parameters, gradients = history(size, np.float32)
-    exact = row.oracle(parameters.astype(np.float64), [gradient.astype(np.float64) for gradient in gradients])
-    ours = distance(run_direct(row, parameters, gradients), exact)
-    assert ours <= 2e-6
+def test_float32_is_as_close_to_float64_as_the_oracle_is(row: Row, size: int) -> None:
+    parameters, steps = history(row, size, np.float32)
+    exact = row.oracle(parameters.astype(np.float64), in_float64(steps))
+    ours, theirs = (
+        distances(each, exact) for each in (run_direct(row, parameters, steps), row.oracle(parameters, steps))
+    )
+    if row.chaotic:
+        assert np.mean(ours > 2e-6) <= max(BEYOND, 1.5 * np.mean(theirs > 2e-6))
+        return
+    assert ours.max() <= 2e-6
     if size >= 4097:
-        assert ours <= 1.5 * distance(row.oracle(parameters, gradients), exact)
+        assert ours.max() <= 1.5 * theirs.max()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [*((row, 4097) for row in ROWS.values()), *((ROWS["adam"], size) for size in SIZES if size != 4097)],
+    ids=lambda each: each.name if isinstance(each, Row) else str(each),
+)
 def test_engine_memory_and_tcp_agree_bitwise(
     row: Row,
     size: int,
@@ -74,19 +109,19 @@ def test_engine_memory_and_tcp_agree_bitwise(
     tcp_client: optserve.Client,
     new_id: Callable[[], str],
 ) -> None:
-    parameters, gradients = history(size, dtype)
-    direct = run_direct(row, parameters, gradients)
-    memory = run_client(memory_client, new_id(), row, parameters, gradients)
-    tcp = run_client(tcp_client, new_id(), row, parameters, gradients)
+    parameters, steps = history(row, size, dtype)
+    direct = run_direct(row, parameters, steps)
+    memory = run_client(memory_client, new_id(), row, parameters, steps)
+    tcp = run_client(tcp_client, new_id(), row, parameters, steps)
     np.testing.assert_array_equal(direct, memory)
     np.testing.assert_array_equal(direct, tcp)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_bits_do_not_depend_on_the_number_of_threads(row: Row) -> None:
-    parameters, gradients = history(100_003, np.float32)
-    once = run_direct(row, parameters, gradients[:5], threads=1)
-    np.testing.assert_array_equal(once, run_direct(row, parameters, gradients[:5], threads=3))
+    parameters, steps = history(row, 100_003, np.float32)
+    once = run_direct(row, parameters, steps[:5], threads=1)
+    np.testing.assert_array_equal(once, run_direct(row, parameters, steps[:5], threads=3))
 
 
 def test_every_optimizer_of_the_catalogue_is_in_the_table() -> None:
@@ -94,14 +129,14 @@ def test_every_optimizer_of_the_catalogue_is_in_the_table() -> None:
 
 
 def test_every_variant_of_a_rule_is_in_the_table() -> None:
-    import optserve_server.engine.rules as rules
-
-    known = {value for value in vars(rules).values() if isinstance(value, rules.Rule)}
+    values = [value for module in (adam, adaptive, momentum) for value in vars(module).values()]
+    known = {value for value in [*values, *RULES.values()] if isinstance(value, Rule)}
     assert {rule_for(row.optimizer) for row in ROWS.values()} == known
 
 
 def test_momenta_agree_while_the_learning_rate_is_constant_and_differ_once_it_changes() -> None:
-    parameters, gradients = history(17)
+    parameters, steps = history(ROWS["sgd"], 17)
+    gradients = [step.gradient for step in steps if step.gradient is not None]
     buffered = DirectSet({"x": parameters}, optim.Momentum(lr=0.01))
     velocity = DirectSet({"x": parameters}, optim.VelocityMomentum(lr=0.01))
     for step, gradient in enumerate(gradients):

@@ -15,12 +15,13 @@ import optserve
 from optserve import optim
 from optserve_server import logs
 from optserve_server.config import Config
+from optserve_server.demo.tuning import LEARNING_RATES
 from optserve_server.server import Server
 
 app = typer.Typer(help="The optimizer step as a service.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULT = Config()
-OptimizerName = StrEnum("OptimizerName", {name: name for name in optim.catalogue()})  # type: ignore[misc]
+OptimizerName = StrEnum("OptimizerName", {name: name for name in LEARNING_RATES})  # type: ignore[misc]
 DEFAULT_OPTIMIZER = OptimizerName("Adam")
 
 Address = Annotated[str, typer.Option(envvar="OPTSERVE_ADDRESS", help="Where the server listens, host:port.")]

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import track
 
 import optserve
-from optserve import formats, optim
+from optserve import formats
 from optserve_server.demo import digits, plots, tuning
 from optserve_server.demo.lesson import WORKERS, Traffic, teach
 from optserve_server.demo.plane import descend
@@ -31,10 +31,10 @@ def compare(*, steps: int = 1000, seed: int = 0, output: Path = Path("optserve-c
     console = Console()
     training, test = digits.load()
     with optserve.Client(":memory:") as client:
-        descents = [descend(client, tuning.for_plane(rule)) for rule in optim.catalogue()]
+        descents = [descend(client, tuning.for_plane(rule)) for rule in tuning.LEARNING_RATES]
         lessons = [
             teach(client, tuning.for_digits(rule), training, test, steps=steps, seed=seed)
-            for rule in track(optim.catalogue(), "training with every rule", console=console)
+            for rule in track(tuning.LEARNING_RATES, "training with every rule", console=console)
         ]
         adam = tuning.for_digits("Adam")
         savings = [

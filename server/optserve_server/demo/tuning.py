@@ -1,4 +1,4 @@
-"""Learning rates that suit each rule, for both tasks of the demonstration."""
+"""The rules that the demonstration shows, with learning rates that suit them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -6,7 +6,14 @@ import secrets
 import threading
 from collections.abc import Sequence
 
-from optserve._errors import InvalidTensor, ParameterSetExists, ParameterSetNotFound, ServerBusy, SpecificationMismatch
+from optserve._errors import (
+    InvalidHyperparameter,
+    InvalidTensor,
+    ParameterSetExists,
+    ParameterSetNotFound,
+    ServerBusy,
+    SpecificationMismatch,
+)
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.buffers import Allocate, private
@@ -59,6 +66,14 @@ class Engine:
                     f"parameter set {spec.id!r} exists with other {name}: expected {expected}; got {came}"
                 )
         return present
+
+    def check_rule(self, spec: ParameterSetSpec) -> None:
+        """Raises InvalidHyperparameter for a rule that a set of moments only can't follow."""
+        if spec.holds is Holds.MOMENTS and rule_for(spec.optimizer).reads_parameters:
+            raise InvalidHyperparameter(
+                f"parameter set {spec.id!r}: expected an optimizer that only adds steps to parameters, in a set that does not "
+                f"hold them; {spec.optimizer.rule} reads them. Let the server hold the parameters, or choose another"
+            )
 
     def check_room(self, spec: ParameterSetSpec) -> None:
         """Raises InvalidTensor for a set that could never fit into this machine's memory."""

@@ -52,7 +52,7 @@ _OF_PARAMETERS = """\
                 for i in range(last - first):
                     p[i] = old[i]
             for i in range(last - first):
-                {state} = rule(decay * p[i], scale * decode(gradient[i]) + l2 * p[i]{own}, h)
+                {state} = rule(p[i] - shrink * p[i], scale * decode(gradient[i]) + l2 * p[i]{own}, h)
 """
 
 # The caller keeps the parameters: the arena receives what to add to them.
@@ -60,7 +60,7 @@ _OF_MOMENTS = """\
             held = read_held(ranges[r, 5], ranges[r, 6] + first - start, last - first, held_buffer)
             for i in range(last - first):
                 {state} = rule(zero, scale * decode(gradient[i]) + l2 * decode_held(held[i]){own}, h)
-                p[i] += (decay - one) * decode_held(held[i])
+                p[i] -= shrink * decode_held(held[i])
 """
 
 
@@ -97,7 +97,6 @@ def update_loop(rule: Rule, dtype: DType, held: DType | None = None) -> Loop:
         "decode_held": decoder(held or dtype),
         "new_buffer": new_buffer,
         "new_held_buffer": new_held_buffer,
-        "one": compute(1),
         "read": read,
         "read_held": read_held,
         "rule": njit(error_model="numpy")(rule.function),

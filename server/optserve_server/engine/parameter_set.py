@@ -450,7 +450,7 @@ class ParameterSet:
         if self.spec.holds is Holds.PARAMETERS:
             return
         for group in groups:
-            if group.optimizer.hyperparameters["weight_decay"] == 0.0:
+            if group.optimizer.hyperparameters.get("weight_decay", 0.0) == 0.0:
                 continue
             for index in group.members:
                 if index in gradients and index not in parameters:
