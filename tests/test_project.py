@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import optserve
-from optserve import _errors, optim
+from optserve import _errors, _transport, optim
+from optserve_server import server
 
 ROOT = Path(__file__).parent.parent
 PROTOS = sorted((ROOT / "proto" / "optserve" / "v1").glob("*.proto"))
@@ -128,6 +129,15 @@ def test_the_tree_drawn_in_the_errors_module_is_the_tree() -> None:
     }
 
 
+def test_grpc_knows_every_option_that_it_is_given() -> None:
+    """It would say nothing of others."""
+    from grpc._cython import cygrpc
+
+    library = Path(cygrpc.__file__).read_bytes()
+    names = [name for name, _ in (*server.OPTIONS, *_transport.CHANNEL_OPTIONS)]
+    assert [name for name in names if name.encode() not in library] == []
+
+
 def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
     import inspect
 
@@ -141,6 +151,7 @@ def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
             if key not in implementation
         }
         ours = getattr(optim, name)().hyperparameters
+        ours.pop("convention", None)
         if name == "AdamW":
             assert ours.pop("decoupled_weight_decay") is True
         assert ours == {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}

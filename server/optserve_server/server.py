@@ -37,7 +37,7 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE),
     ("grpc.http2.max_frame_size", 4 << 20),  # a chunk is one frame
     ("grpc.keepalive_permit_without_calls", 1),  # workers ping every 30 s, also between steps
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 60_000),  # find workers that vanished without a word
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
