@@ -1,6 +1,7 @@
 """What tests share: one server for the whole run, and a client on each transport."""
 
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,8 @@ from hypothesis import settings
 
 import optserve
 from optserve_server import Config, Server
+
+os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
 
 settings.register_profile("optserve", deadline=None)  # the first example of a test may compile a loop
 settings.load_profile("optserve")

@@ -4,6 +4,7 @@ The oracle is torch where torch has the rule, optax or Keras where they have it 
 paper in NumPy, which shares no code with the engine and calculates in the dtype of the parameters.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 import optax
 import torch
@@ -20,6 +22,7 @@ from optserve import optim
 Array = np.ndarray[Any, Any]
 
 jax.config.update("jax_enable_x64", True)
+keras.config.set_floatx("float64")  # what learning rates are kept in
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def torch_oracle(name: str, optimizer: optim.Optimizer) -> Oracle:
         torch.set_default_dtype(torch.float64)  # NAdam keeps its product of momenta in the default dtype
         try:
             tensor = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
-            theirs = getattr(torch.optim, name)([tensor], foreach=False, **optimizer.hyperparameters)
+            options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
+            theirs = getattr(torch.optim, name)([tensor], foreach=False, **options)
             for step in steps:
                 theirs.param_groups[0]["lr"] = step.lr
                 tensor.grad = None if step.gradient is None else torch.from_numpy(step.gradient.copy())
@@ -86,6 +90,23 @@ def optax_oracle(build: Callable[..., Any], optimizer: optim.Optimizer, **option
             updates, state = update(gradient, state, params)
             params = optax.apply_updates(params, updates)
         return np.asarray(params)
+
+    return run
+
+
+def keras_oracle(name: str, optimizer: optim.Optimizer, **options: Any) -> Oracle:
+    """`keras.optimizers.<name>`, on JAX, in the dtype of the parameters; its decay is decoupled."""
+    options["weight_decay"] = getattr(optimizer, "weight_decay", 0.0) or None
+
+    def run(parameters: Array, steps: Sequence[Step]) -> Array:
+        theirs = getattr(keras.optimizers, name)(learning_rate=steps[0].lr, **options)
+        variable = keras.Variable(parameters, dtype=parameters.dtype.name)
+        theirs.build([variable])
+        for step in steps:
+            if step.gradient is not None:
+                theirs.learning_rate = step.lr
+                theirs.apply([keras.ops.convert_to_tensor(step.gradient)], [variable])
+        return np.asarray(variable)
 
     return run
 
@@ -196,6 +217,7 @@ def adopt(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) ->
 
 
 ROOTS = "where gradients are small, it takes the difference of nearly equal roots, and forgets what parameters were"
+VARIANCE = "where a gradient hardly changes, its variance is the difference of nearly equal numbers"
 SIGN = "it takes the sign of what may be nearly zero"
 
 
@@ -207,6 +229,10 @@ def _of_optax(
     name: str, optimizer: optim.Optimizer, build: Callable[..., Any], *, chaotic: str = "", **options: Any
 ) -> Row:
     return Row(name, optimizer, optax_oracle(build, optimizer, **options), chaotic=chaotic)
+
+
+def _of_keras(name: str, optimizer: optim.Optimizer, keras_name: str, **options: Any) -> Row:
+    return Row(name, optimizer, keras_oracle(keras_name, optimizer, **options))
 
 
 def _of_paper(name: str, optimizer: optim.Optimizer, transcription: Transcription, *, chaotic: str = "") -> Row:
@@ -227,7 +253,7 @@ def _rows() -> Iterator[Row]:
     )
     yield _of_paper("ademamix-warm-up", optim.AdEMAMix(lr=0.02, warm_up=60.5, alpha=3.0), ademamix)
     for decay in (0.0, 0.05):
-        for row in _rows_with(decay):
+        for row in itertools.chain(_rows_with(decay), _rows_of_optax(decay), _rows_of_keras(decay)):
             yield replace(row, name=f"{row.name}-decay") if decay else row
 
 
@@ -275,6 +301,42 @@ def _rows_with(decay: float) -> Iterator[Row]:
     yield _of_paper(
         "adopt-decoupled", optim.ADOPT(lr=0.02, betas=(0.8, 0.99), decoupled_weight_decay=True, **wd), adopt
     )
+
+
+def _rows_of_optax(decay: float) -> Iterator[Row]:
+    wd = {"weight_decay": decay, "convention": "optax"}
+    yield _of_optax("optax-adagrad", optim.Adagrad(lr=0.05, **wd), optax.adagrad)
+    for centered in (False, True):
+        for momentum in (0.0, 0.9):
+            name = f"optax-rmsprop{'-centered' if centered else ''}{'-momentum' if momentum else ''}"
+            optimizer = optim.RMSprop(lr=0.003, centered=centered, momentum=momentum, **wd)
+            chaotic = VARIANCE if centered else ""
+            yield _of_optax(
+                name, optimizer, optax.rmsprop, chaotic=chaotic, centered=centered, momentum=momentum or None
+            )
+    yield _of_optax("optax-adam", optim.Adam(lr=0.02, **wd), optax.adam)
+    yield _of_optax("optax-adamw", optim.AdamW(lr=0.02, **wd), optax.adamw)
+    yield _of_optax("optax-amsgrad", optim.AMSGrad(lr=0.02, **wd), optax.amsgrad)
+    yield _of_optax("optax-nadam", optim.NAdam(lr=0.02, **wd), optax.nadam)
+    yield _of_optax("optax-radam", optim.RAdam(lr=0.02, **wd), optax.radam)
+
+
+def _rows_of_keras(decay: float) -> Iterator[Row]:
+    wd = {"weight_decay": decay, "convention": "keras"}
+    yield _of_keras("keras-sgd", optim.SGD(lr=0.05, **wd), "SGD")
+    yield _of_keras("keras-momentum", optim.Momentum(lr=0.02, **wd), "SGD", momentum=0.9)
+    yield _of_keras("keras-nesterov", optim.Nesterov(lr=0.02, **wd), "SGD", momentum=0.9, nesterov=True)
+    yield _of_keras("keras-adagrad", optim.Adagrad(lr=0.05, **wd), "Adagrad")
+    yield _of_keras("keras-adadelta", optim.Adadelta(lr=0.5, **wd), "Adadelta")
+    for centered in (False, True):
+        for momentum in (0.0, 0.9):
+            name = f"keras-rmsprop{'-centered' if centered else ''}{'-momentum' if momentum else ''}"
+            optimizer = optim.RMSprop(lr=0.003, centered=centered, momentum=momentum, **wd)
+            yield _of_keras(name, optimizer, "RMSprop", centered=centered, momentum=momentum)
+    yield _of_keras("keras-adam", optim.Adam(lr=0.02, **wd), "Adam")
+    yield _of_keras("keras-amsgrad", optim.AMSGrad(lr=0.02, **wd), "Adam", amsgrad=True)
+    yield _of_keras("keras-nadam", optim.NAdam(lr=0.02, **wd), "Nadam")
+    yield _of_keras("keras-adamax", optim.Adamax(lr=0.02, **wd), "Adamax")
 
 
 ROWS = {row.name: row for row in _rows()}

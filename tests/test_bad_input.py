@@ -243,3 +243,31 @@ def test_a_rule_that_reads_parameters_needs_a_set_that_holds_them(
 ) -> None:
     with pytest.raises(optserve.InvalidHyperparameter, match=f"{optimizer.rule} reads them"):
         client.create_parameter_set(new_id(), {"x": np.ones(3)}, optimizer, holds="moments")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (optim.Adam(convention="keras"), {"lr": 1e-3, "eps": 1e-7}),
+        (optim.Adam(eps=1e-5, convention="keras"), {"eps": 1e-5}),
+        (optim.AdamW(convention="optax"), {"weight_decay": 1e-4, "eps": 1e-8}),
+        (optim.RMSprop(0.5, convention="keras"), {"lr": 0.5, "alpha": 0.9, "eps": 1e-7}),
+        (optim.NAdam(convention="keras"), {"momentum_decay": 1.0}),
+        (optim.Adagrad(), {"initial_accumulator_value": 0.0}),
+        (optim.Adagrad(convention="optax").replace(lr=0.3), {"lr": 0.3, "initial_accumulator_value": 0.1}),
+    ],
+)
+def test_a_convention_brings_its_defaults(optimizer: optim.Optimizer, expected: dict[str, Any]) -> None:
+    assert expected.items() <= optimizer.hyperparameters.items()
+    assert optim.from_hyperparameters(optimizer.rule, optimizer.hyperparameters) == optimizer
+
+
+def test_a_convention_is_one_of_the_class(client: optserve.Client, new_id: NewId) -> None:
+    with pytest.raises(optserve.InvalidHyperparameter, match="convention to be 'torch' or 'keras'; got 'optax'"):
+        optim.SGD(convention="optax")
+    with pytest.raises(optserve.InvalidHyperparameter, match="no dampening, which keras does not have"):
+        optim.SGD(momentum=0.9, dampening=0.1, convention="keras")
+    weights = client.create_parameter_set(new_id(), {"x": np.ones(3)}, optim.Adam(convention="keras"))
+    assert weights.describe().groups[0].optimizer == optim.Adam(convention="keras")
+    with pytest.raises(optserve.InvalidHyperparameter, match="convention to stay 'keras'"):
+        weights.update(convention="torch")

@@ -25,6 +25,7 @@ from optserve_server import Server
 from optserve_server.engine import threads
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.push import Declared
+from optserve_server.engine.rules import rule_for
 from optserve_server.engine.sessions import Session
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.state import State
@@ -216,9 +217,7 @@ def bits(tensors: Mapping[str, Array]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
-@pytest.mark.parametrize(
-    "name", [name for name in ROWS if not name.endswith("-decay")]
-)  # decay is in all of their loops
+@pytest.mark.parametrize("name", {rule_for(row.optimizer): name for name, row in ROWS.items()}.values())
 def test_pushes_that_wait_together_give_what_they_give_in_turn(
     name: str, read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Every rule against an independent implementation, on every path into the engine."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,7 +14,17 @@ from optserve_server.engine.rules import RULES, Rule, adam, adaptive, momentum, 
 
 ONE = np.ones((), np.float32)
 STEPS = 100
-SIZES = (1, 15, 17, 4097, 100_003)
+SIZES = (1, 17, 4097)
+MORE_SIZES = (15, 100_003)  # of some rows
+VARIED = (
+    "nesterov",
+    "lion-decay",
+    "rmsprop-centered-momentum",
+    "ftrl-options",
+    "adamw-decay",
+    "adan-decay",
+    "keras-amsgrad",
+)
 BEYOND = 1e-3  # of a tensor's elements, where a rule is chaotic
 
 
@@ -72,15 +83,23 @@ def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array
         return result["x"]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def name_of(value: object) -> str:
+    """A row's name, or a size."""
+    return value.name if isinstance(value, Row) else str(value)
+
+
+varied = [ROWS[name] for name in VARIED]
+SOME = [*product(ROWS.values(), (4097,)), *product(varied, (1, 17, *MORE_SIZES))]
+EVERY = [*product(ROWS.values(), SIZES), *product(varied, MORE_SIZES)]
+
+
+@pytest.mark.parametrize(("row", "size"), EVERY, ids=name_of)
 def test_float64_equals_the_oracle_to_1e_12(row: Row, size: int) -> None:
     parameters, steps = history(row, size)
     assert distances(run_direct(row, parameters, steps), row.oracle(parameters, steps)).max() <= 1e-12
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize(("row", "size"), EVERY, ids=name_of)
 def test_float32_is_as_close_to_float64_as_the_oracle_is(row: Row, size: int) -> None:
     parameters, steps = history(row, size, np.float32)
     exact = row.oracle(parameters.astype(np.float64), in_float64(steps))
@@ -96,11 +115,7 @@ def test_float32_is_as_close_to_float64_as_the_oracle_is(row: Row, size: int) ->
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("row", "size"),
-    [*((row, 4097) for row in ROWS.values()), *((ROWS["adam"], size) for size in SIZES if size != 4097)],
-    ids=lambda each: each.name if isinstance(each, Row) else str(each),
-)
+@pytest.mark.parametrize(("row", "size"), SOME, ids=name_of)
 def test_engine_memory_and_tcp_agree_bitwise(
     row: Row,
     size: int,
@@ -130,7 +145,7 @@ def test_every_optimizer_of_the_catalogue_is_in_the_table() -> None:
 
 def test_every_variant_of_a_rule_is_in_the_table() -> None:
     values = [value for module in (adam, adaptive, momentum) for value in vars(module).values()]
-    known = {value for value in [*values, *RULES.values()] if isinstance(value, Rule)}
+    known = {value for value in [*values, *adaptive.RMSPROPS.values(), *RULES.values()] if isinstance(value, Rule)}
     assert {rule_for(row.optimizer) for row in ROWS.values()} == known
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optserve.optim._optimizer import EPS, LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, hyperparameter
+from optserve.optim._optimizer import EPS, LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, convention, defaults, hyperparameter
 
 
+@defaults(keras={"eps": 1e-07})
 @dataclass(frozen=True)
 class Adam(Optimizer):
     """Adaptive moments, algorithm 1 of the paper, as `torch.optim.Adam`.
@@ -15,7 +16,9 @@ class Adam(Optimizer):
         θ ← θ − η m̂ / (√v̂ + ε)
 
     AMSGrad keeps v_max ← max(v_max, v) over the uncorrected v and puts it in the place of v.
-    Keras and TensorFlow use the "ε̂" form of the paper's section 2, which is not this one.
+    convention="optax" takes the maximum over v̂. "keras" is the "ε̂" form of the paper's section 2, with decoupled decay:
+
+        θ ← θ − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε)
 
     Reference: Kingma & Ba, arXiv:1412.6980; AMSGrad: Reddi, Kale & Kumar, ICLR 2018, arXiv:1904.09237.
     """
@@ -26,8 +29,10 @@ class Adam(Optimizer):
     amsgrad: bool = hyperparameter(False, "Divide by the largest average so far.", live=False)
     maximize: bool = hyperparameter(False, MAXIMIZE)
     decoupled_weight_decay: bool = hyperparameter(False, "Decay the parameters, not the gradient.")
+    convention: str = convention("optax", "keras")
 
 
+@defaults(optax={"weight_decay": 0.0001}, keras={"eps": 1e-07, "weight_decay": 0.004})
 @dataclass(frozen=True)
 class AdamW(Adam):
     """`Adam` with decoupled weight decay of 0.01, as `torch.optim.AdamW`.
@@ -39,6 +44,7 @@ class AdamW(Adam):
     decoupled_weight_decay: bool = hyperparameter(True, "Decay the parameters, not the gradient.")
 
 
+@defaults(keras={"eps": 1e-07})
 @dataclass(frozen=True)
 class AMSGrad(Adam):
     """`Adam` that divides by the largest average so far, as `torch.optim.Adam(amsgrad=True)`.
@@ -51,6 +57,7 @@ class AMSGrad(Adam):
     amsgrad: bool = hyperparameter(True, "Divide by the largest average so far.", live=False)
 
 
+@defaults(keras={"lr": 0.001, "eps": 1e-07, "momentum_decay": 1.0})
 @dataclass(frozen=True)
 class NAdam(Optimizer):
     """Adam with Nesterov's look-ahead and a momentum schedule, as `torch.optim.NAdam`; also called Nadam.
@@ -59,7 +66,7 @@ class NAdam(Optimizer):
         m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²
         θ ← θ − η [μₜ₊₁ m / (1 − Πₜμₜ₊₁) + (1 − μₜ) g / (1 − Πₜ)] / (√(v / (1 − β₂ᵗ)) + ε)
 
-    ψ is `momentum_decay`: 0.004 in torch, 1 in Keras, and optax's nadam is its limit at infinity.
+    ψ is `momentum_decay`: 0.004 in torch, 1 in Keras, which decays decoupled; convention="optax" is its limit at infinity.
 
     Reference: Dozat, ICLR workshop 2016.
     """
@@ -71,6 +78,7 @@ class NAdam(Optimizer):
     momentum_decay: float = hyperparameter(4e-3, "ψ, how fast the momentum schedule approaches β₁.")
     decoupled_weight_decay: bool = hyperparameter(False, "Decay the parameters, not the gradient.")
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("optax", "keras")
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class RAdam(Optimizer):
         ρ > 5:      θ ← θ − η r √(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε),  r² = (ρ − 4)(ρ − 2)ρ_∞ / ((ρ_∞ − 4)(ρ_∞ − 2)ρ)
         otherwise:  θ ← θ − η m / (1 − β₁ᵗ)
 
-    ε is that of the "ε̂" form, as torch has it.
+    ε is that of the "ε̂" form, as torch has it; convention="optax" adds it to √v̂, as in Adam.
 
     Reference: Liu et al., ICLR 2020, arXiv:1908.03265.
     """
@@ -91,8 +99,10 @@ class RAdam(Optimizer):
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     decoupled_weight_decay: bool = hyperparameter(False, "Decay the parameters, not the gradient.")
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("optax")
 
 
+@defaults(keras={"lr": 0.001, "eps": 1e-07})
 @dataclass(frozen=True)
 class Adamax(Optimizer):
     """Adam with the largest gradient in the place of the root mean square, as `torch.optim.Adamax`.
@@ -100,6 +110,8 @@ class Adamax(Optimizer):
         m ← β₁m + (1 − β₁)g
         u ← max(β₂u, |g| + ε)
         θ ← θ − η / (1 − β₁ᵗ) · m / u
+
+    convention="keras" leaves ε out of the maximum and adds it to u in the quotient; its decay is decoupled.
 
     Reference: Kingma & Ba, arXiv:1412.6980, section 7.
     """
@@ -109,6 +121,7 @@ class Adamax(Optimizer):
     eps: float = hyperparameter(1e-8, "ε, added to the gradient's magnitude so that u is never zero.")
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("keras")
 
 
 @dataclass(frozen=True)

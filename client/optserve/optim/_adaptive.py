@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 from optserve._errors import InvalidHyperparameter
-from optserve.optim._optimizer import EPS, LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, hyperparameter
+from optserve.optim._optimizer import EPS, LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, convention, defaults, hyperparameter
 
 
+@defaults(
+    optax={"initial_accumulator_value": 0.1, "eps": 1e-07},
+    keras={"lr": 0.001, "initial_accumulator_value": 0.1, "eps": 1e-07},
+)
 @dataclass(frozen=True)
 class Adagrad(Optimizer):
     """A learning rate for every element that shrinks with its squared gradients, as `torch.optim.Adagrad`.
@@ -13,7 +17,7 @@ class Adagrad(Optimizer):
         s ← s + g²                              s starts at initial_accumulator_value
         θ ← θ − η / (1 + (t − 1)·lr_decay) · g / (√s + ε)
 
-    optax and Keras start s at 0.1 and put ε inside the root.
+    convention="optax" and "keras" divide by √(s + ε), and start s at 0.1; Keras' decay is decoupled.
 
     Reference: Duchi, Hazan & Singer, JMLR 12, 2011.
     """
@@ -24,8 +28,10 @@ class Adagrad(Optimizer):
     initial_accumulator_value: float = hyperparameter(0.0, "What s starts at.", live=False)
     eps: float = hyperparameter(1e-10, EPS)
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("optax", "keras")
 
 
+@defaults(optax={"alpha": 0.9}, keras={"lr": 0.001, "alpha": 0.9, "eps": 1e-07})
 @dataclass(frozen=True)
 class RMSprop(Optimizer):
     """Divide by a running root mean square of the gradient, as `torch.optim.RMSprop`.
@@ -34,7 +40,8 @@ class RMSprop(Optimizer):
         centered:   a ← αa + (1 − α)g,  d = √(v − a²) + ε      otherwise  d = √v + ε
         momentum:   b ← μb + g/d,       θ ← θ − ηb             otherwise  θ ← θ − ηg/d
 
-    ε stands outside the root. `BiasCorrectedRMSprop` has it inside.
+    convention="optax" and "keras" have ε inside the root and η inside the buffer: d = √(v − a² + ε), b ← μb + ηg/d, θ ← θ − b;
+    Keras' decay is decoupled. `BiasCorrectedRMSprop` corrects the average for its start at zero.
 
     Reference: Tieleman & Hinton, lecture 6.5 of COURSERA, 2012; centered: Graves, arXiv:1308.0850.
     """
@@ -46,6 +53,7 @@ class RMSprop(Optimizer):
     momentum: float = hyperparameter(0.0, "Momentum μ; zero keeps no buffer, and can't be left or reached live.")
     centered: bool = hyperparameter(False, "Subtract the squared mean: normalise by the variance.", live=False)
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("optax", "keras")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class BiasCorrectedRMSprop(Optimizer):
     maximize: bool = hyperparameter(False, MAXIMIZE)
 
 
+@defaults(keras={"lr": 0.001, "rho": 0.95, "eps": 1e-07})
 @dataclass(frozen=True)
 class Adadelta(Optimizer):
     """Steps in the parameter's own units, as `torch.optim.Adadelta`.
@@ -74,6 +83,8 @@ class Adadelta(Optimizer):
         u ← ρu + (1 − ρ)d²
         θ ← θ − ηd
 
+    convention="keras" differs in defaults and in its decay, which is decoupled.
+
     Reference: Zeiler, arXiv:1212.5701.
     """
 
@@ -82,6 +93,7 @@ class Adadelta(Optimizer):
     eps: float = hyperparameter(1e-6, "ε, added under both roots.")
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("keras")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optserve._errors import InvalidHyperparameter
-from optserve.optim._optimizer import LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, hyperparameter
+from optserve.optim._optimizer import LR, MAXIMIZE, WEIGHT_DECAY, Optimizer, convention, defaults, hyperparameter
 
 
+@defaults(keras={"lr": 0.01})
 @dataclass(frozen=True)
 class SGD(Optimizer):
     """Gradient descent, with momentum if asked for, as `torch.optim.SGD`.
@@ -17,8 +18,9 @@ class SGD(Optimizer):
         b ← μb + (1 − τ)g  afterwards
         θ ← θ − ηb,  or with Nesterov's look-ahead  θ ← θ − η(g + μb)
 
-    `VelocityMomentum` keeps η inside the buffer, `AveragedMomentum` weighs g by 1 − β: the three agree while η is
-    constant, up to a rescaling, and differ once it changes.
+    convention="keras" keeps η inside the buffer, v ← μv − ηg, θ ← θ + v or θ + μv − ηg, and decays decoupled.
+    `VelocityMomentum` does the first, too, and `AveragedMomentum` weighs g by 1 − β: the three agree while η is constant,
+    up to a rescaling, and differ once it changes.
 
     Reference: Robbins & Monro 1951; Polyak 1964; Sutskever et al., ICML 2013 (momentum as written here).
     """
@@ -28,6 +30,7 @@ class SGD(Optimizer):
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     nesterov: bool = hyperparameter(False, "Nesterov's look-ahead.", live=False)
     maximize: bool = hyperparameter(False, MAXIMIZE)
+    convention: str = convention("keras")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,8 +39,13 @@ class SGD(Optimizer):
                 "expected a positive momentum and no dampening with nesterov=True; "
                 f"got momentum={self.momentum}, dampening={self.dampening}"
             )
+        if self.dampening != 0 and self.convention != "torch":
+            raise InvalidHyperparameter(
+                f"expected no dampening, which {self.convention} does not have; got {self.dampening}"
+            )
 
 
+@defaults(keras={"lr": 0.01})
 @dataclass(frozen=True)
 class Momentum(SGD):
     """`SGD` with a momentum of 0.9: a buffer with the learning rate outside, as torch has it."""
@@ -45,6 +53,7 @@ class Momentum(SGD):
     momentum: float = hyperparameter(0.9, "Momentum μ.")
 
 
+@defaults(keras={"lr": 0.01})
 @dataclass(frozen=True)
 class Nesterov(SGD):
     """`SGD` with Nesterov's look-ahead and a momentum of 0.9, as torch has it.

@@ -2,31 +2,41 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from optserve._errors import InvalidHyperparameter
 
+Kind = TypeVar("Kind", bound="Optimizer")
 T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """What a hyperparameter may be: a sentence, a half-open range [minimum, below), and whether it may change live."""
+    """What a hyperparameter may be: a sentence, a half-open range [minimum, below) or some words, and whether it may change
+    live."""
 
     documentation: str
     minimum: float = 0.0
     below: float = math.inf
     live: bool = True
+    choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any, default: Any) -> Any:
         """Return the value with the type of its default; raises InvalidHyperparameter."""
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise InvalidHyperparameter(f"expected {name} to be True or False; got {value!r}")
+            return value
+        if isinstance(default, str):
+            if value not in self.choices:
+                raise InvalidHyperparameter(
+                    f"expected {name} to be {' or '.join(map(repr, self.choices))}; got {value!r}"
+                )
             return value
         if isinstance(default, tuple):
             if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(default):
@@ -50,7 +60,33 @@ def hyperparameter(default: T, documentation: str, *, below: float = math.inf, l
     return field(default=default, metadata={"hyperparameter": described})
 
 
+def convention(*libraries: str) -> str:
+    """A field that says whose numbers a rule gives: torch's, or those of other libraries that differ."""
+    described = Hyperparameter(CONVENTION, live=False, choices=("torch", *libraries))
+    return field(default="torch", kw_only=True, metadata={"hyperparameter": described})
+
+
+def defaults(**libraries: Mapping[str, Any]) -> Callable[[type[Kind]], type[Kind]]:
+    """Let a convention bring its library's own defaults, for what the caller does not give."""
+
+    def decorate(optimizer: type[Kind]) -> type[Kind]:
+        build: Any = optimizer.__init__
+        names = [name for name, _, _ in optimizer.described()]
+
+        @functools.wraps(build)
+        def init(self: Kind, *arguments: Any, **options: Any) -> None:
+            own = libraries.get(str(options.get("convention")), {})
+            given = {*names[: len(arguments)], *options}
+            build(self, *arguments, **options, **{name: value for name, value in own.items() if name not in given})
+
+        optimizer.__init__ = init  # type: ignore[method-assign, assignment]
+        return optimizer
+
+    return decorate
+
+
 # What most rules have in common.
+CONVENTION = "Whose numbers and defaults these are."
 LR = "Learning rate η."
 WEIGHT_DECAY = "Weight decay λ, per update."
 MAXIMIZE = "Ascend instead of descend."

@@ -30,13 +30,24 @@ def amsgrad(
     return p - h.lr * m / (sqrt(largest) * h.correction2 + h.eps), m, v, largest
 
 
+def amsgrad_corrected(
+    p: float, g: float, m: float, v: float, largest: float, h: AdamScalars
+) -> tuple[float, float, float, float]:
+    m = m + h.alpha1 * (g - m)
+    v = v + h.alpha2 * (g * g - v)
+    largest = max(largest, v * h.correction2 * h.correction2)
+    return p - h.lr * m / (sqrt(largest) + h.eps), m, v, largest
+
+
 def adam_scalars(o: optim.Adam | optim.Yogi, t: int, memory: Memory) -> AdamScalars:
     beta1, beta2 = o.betas
+    root = sqrt(1.0 - beta2**t)
+    hat = isinstance(o, optim.Adam) and o.convention == "keras"  # epsilon beside the uncorrected root
     return AdamScalars(
-        lr=o.lr / (1.0 - beta1**t),
+        lr=o.lr / (1.0 - beta1**t) * (root if hat else 1.0),
         alpha1=1.0 - beta1,
         alpha2=1.0 - beta2,
-        correction2=1.0 / sqrt(1.0 - beta2**t),
+        correction2=1.0 if hat else 1.0 / root,
         eps=o.eps,
     )
 
@@ -58,6 +69,8 @@ def nadam(p: float, g: float, m: float, v: float, h: NAdamScalars) -> tuple[floa
 
 def nadam_momentum(o: optim.NAdam, t: int) -> float:
     """mu_t of the momentum schedule."""
+    if o.convention == "optax":
+        return o.betas[0]
     return o.betas[0] * (1.0 - 0.5 * float(0.96 ** (t * o.momentum_decay)))
 
 
@@ -81,8 +94,9 @@ def nadam_scalars(o: optim.NAdam, t: int, memory: Memory) -> NAdamScalars:
 
 
 class RAdamScalars(NamedTuple):
-    adaptive: float  # lr r sqrt(1 - beta2^t) / (1 - beta1^t), or 0 where the variance is intractable
+    adaptive: float  # lr r / (1 - beta1^t), or 0 where the variance is intractable
     plain: float  # lr / (1 - beta1^t) there, else 0
+    correction2: float  # 1 / sqrt(1 - beta2^t), or in torch's form 1 and its inverse in `adaptive`
     alpha1: float
     alpha2: float
     eps: float
@@ -91,7 +105,7 @@ class RAdamScalars(NamedTuple):
 def radam(p: float, g: float, m: float, v: float, h: RAdamScalars) -> tuple[float, float, float]:
     m = m + h.alpha1 * (g - m)
     v = v + h.alpha2 * (g * g - v)
-    return p - m * (h.adaptive / (sqrt(v) + h.eps) + h.plain), m, v
+    return p - m * (h.adaptive / (sqrt(v) * h.correction2 + h.eps) + h.plain), m, v
 
 
 def radam_scalars(o: optim.RAdam, t: int, memory: Memory) -> RAdamScalars:
@@ -100,9 +114,11 @@ def radam_scalars(o: optim.RAdam, t: int, memory: Memory) -> RAdamScalars:
     limit = 2.0 / (1.0 - beta2) - 1.0
     length = limit - 2.0 * t * beta2**t / correction2
     if length <= 5.0:
-        return RAdamScalars(0.0, lr, 1.0 - beta1, 1.0 - beta2, 1.0)
+        return RAdamScalars(0.0, lr, 1.0, 1.0 - beta1, 1.0 - beta2, 1.0)
     variance = (length - 4.0) * (length - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * length)
-    return RAdamScalars(lr * sqrt(variance * correction2), 0.0, 1.0 - beta1, 1.0 - beta2, o.eps)
+    if o.convention == "optax":
+        return RAdamScalars(lr * sqrt(variance), 0.0, 1.0 / sqrt(correction2), 1.0 - beta1, 1.0 - beta2, o.eps)
+    return RAdamScalars(lr * sqrt(variance * correction2), 0.0, 1.0, 1.0 - beta1, 1.0 - beta2, o.eps)
 
 
 class AdamaxScalars(NamedTuple):
@@ -116,6 +132,12 @@ def adamax(p: float, g: float, m: float, u: float, h: AdamaxScalars) -> tuple[fl
     m = m + h.alpha1 * (g - m)
     u = max(h.beta2 * u, abs(g) + h.eps)
     return p - h.lr * m / u, m, u
+
+
+def adamax_outside(p: float, g: float, m: float, u: float, h: AdamaxScalars) -> tuple[float, float, float]:
+    m = m + h.alpha1 * (g - m)
+    u = max(h.beta2 * u, abs(g))
+    return p - h.lr * m / (u + h.eps), m, u
 
 
 def adamax_scalars(o: optim.Adamax, t: int, memory: Memory) -> AdamaxScalars:
@@ -256,14 +278,25 @@ def adopt_scalars(o: optim.ADOPT, t: int, memory: Memory) -> AdoptScalars:
 
 ADAM = Rule(adam, adam_scalars, ("exp_avg", "exp_avg_sq"))
 AMSGRAD = Rule(amsgrad, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+AMSGRAD_CORRECTED = Rule(amsgrad_corrected, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+ADAMAX = Rule(adamax, adamax_scalars, ("exp_avg", "exp_inf"))
+ADAMAX_OUTSIDE = Rule(adamax_outside, adamax_scalars, ("exp_avg", "exp_inf"))
+
+
+def adams(o: optim.Adam) -> Rule:
+    """By whether the largest average counts, and of what."""
+    if not o.amsgrad:
+        return ADAM
+    return AMSGRAD_CORRECTED if o.convention == "optax" else AMSGRAD
+
 
 RULES: Rules = {
-    optim.Adam: lambda o: AMSGRAD if o.amsgrad else ADAM,
+    optim.Adam: adams,
     optim.NAdam: Rule(
         nadam, nadam_scalars, ("exp_avg", "exp_avg_sq"), memory={"mu_product": 1.0}, remember=nadam_product
     ),
     optim.RAdam: Rule(radam, radam_scalars, ("exp_avg", "exp_avg_sq")),
-    optim.Adamax: Rule(adamax, adamax_scalars, ("exp_avg", "exp_inf")),
+    optim.Adamax: lambda o: ADAMAX_OUTSIDE if o.convention == "keras" else ADAMAX,
     optim.AdaBelief: Rule(adabelief, adabelief_scalars, ("exp_avg", "exp_avg_var")),
     optim.Yogi: Rule(
         yogi,

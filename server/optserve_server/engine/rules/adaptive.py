@@ -17,6 +17,11 @@ def adagrad(p: float, g: float, s: float, h: AdagradScalars) -> tuple[float, flo
     return p - h.lr * g / (sqrt(s) + h.eps), s
 
 
+def adagrad_inside(p: float, g: float, s: float, h: AdagradScalars) -> tuple[float, float]:
+    s = s + g * g
+    return p - h.lr * g / sqrt(s + h.eps), s
+
+
 def adagrad_scalars(o: optim.Adagrad, t: int, memory: Memory) -> AdagradScalars:
     return AdagradScalars(o.lr / (1.0 + (t - 1) * o.lr_decay), o.eps)
 
@@ -52,6 +57,32 @@ def rmsprop_centered_momentum(
     a = a + h.alpha * (g - a)
     b = h.momentum * b + g / (sqrt(v - a * a) + h.eps)
     return p - h.lr * b, v, a, b
+
+
+def rmsprop_inside(p: float, g: float, v: float, h: RMSpropScalars) -> tuple[float, float]:
+    v = v + h.alpha * (g * g - v)
+    return p - h.lr * g / sqrt(v + h.eps), v
+
+
+def rmsprop_inside_centered(p: float, g: float, v: float, a: float, h: RMSpropScalars) -> tuple[float, float, float]:
+    v = v + h.alpha * (g * g - v)
+    a = a + h.alpha * (g - a)
+    return p - h.lr * g / sqrt(v - a * a + h.eps), v, a
+
+
+def rmsprop_inside_momentum(p: float, g: float, v: float, b: float, h: RMSpropScalars) -> tuple[float, float, float]:
+    v = v + h.alpha * (g * g - v)
+    b = h.momentum * b + h.lr * g / sqrt(v + h.eps)
+    return p - b, v, b
+
+
+def rmsprop_inside_centered_momentum(
+    p: float, g: float, v: float, a: float, b: float, h: RMSpropScalars
+) -> tuple[float, float, float, float]:
+    v = v + h.alpha * (g * g - v)
+    a = a + h.alpha * (g - a)
+    b = h.momentum * b + h.lr * g / sqrt(v - a * a + h.eps)
+    return p - b, v, a, b
 
 
 def rmsprop_scalars(o: optim.RMSprop, t: int, memory: Memory) -> RMSpropScalars:
@@ -140,25 +171,31 @@ def ftrl_scalars(o: optim.FTRL, t: int, memory: Memory) -> FtrlScalars:
     )
 
 
-RMSPROP = Rule(rmsprop, rmsprop_scalars, ("square_avg",))
-RMSPROP_CENTERED = Rule(rmsprop_centered, rmsprop_scalars, ("square_avg", "grad_avg"))
-RMSPROP_MOMENTUM = Rule(rmsprop_momentum, rmsprop_scalars, ("square_avg", "momentum_buffer"))
-RMSPROP_CENTERED_MOMENTUM = Rule(
-    rmsprop_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer")
+ADAGRAD, ADAGRAD_INSIDE = (
+    Rule(function, adagrad_scalars, ("sum",), initial=lambda o: {"sum": o.initial_accumulator_value})
+    for function in (adagrad, adagrad_inside)
 )
 
-
-def rmsprops(o: optim.RMSprop) -> Rule:
-    """By centring and momentum."""
-    if o.centered:
-        return RMSPROP_CENTERED_MOMENTUM if o.momentum else RMSPROP_CENTERED
-    return RMSPROP_MOMENTUM if o.momentum else RMSPROP
-
+# By whether epsilon is inside the root, centring and momentum.
+RMSPROPS = {
+    (False, False, False): Rule(rmsprop, rmsprop_scalars, ("square_avg",)),
+    (False, False, True): Rule(rmsprop_momentum, rmsprop_scalars, ("square_avg", "momentum_buffer")),
+    (False, True, False): Rule(rmsprop_centered, rmsprop_scalars, ("square_avg", "grad_avg")),
+    (False, True, True): Rule(
+        rmsprop_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer")
+    ),
+    (True, False, False): Rule(rmsprop_inside, rmsprop_scalars, ("square_avg",)),
+    (True, False, True): Rule(rmsprop_inside_momentum, rmsprop_scalars, ("square_avg", "momentum_buffer")),
+    (True, True, False): Rule(rmsprop_inside_centered, rmsprop_scalars, ("square_avg", "grad_avg")),
+    (True, True, True): Rule(
+        rmsprop_inside_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer")
+    ),
+}
 
 RULES: Rules = {
-    optim.Adagrad: Rule(adagrad, adagrad_scalars, ("sum",), initial=lambda o: {"sum": o.initial_accumulator_value}),
+    optim.Adagrad: lambda o: ADAGRAD if o.convention == "torch" else ADAGRAD_INSIDE,
     optim.Adadelta: Rule(adadelta, adadelta_scalars, ("square_avg", "acc_delta")),
-    optim.RMSprop: rmsprops,
+    optim.RMSprop: lambda o: RMSPROPS[o.convention != "torch", o.centered, o.momentum > 0.0],
     optim.BiasCorrectedRMSprop: Rule(bias_corrected_rmsprop, bias_corrected_rmsprop_scalars, ("square_avg",)),
     optim.Rprop: Rule(rprop, rprop_scalars, ("prev", "step_size"), initial=lambda o: {"step_size": o.lr}),
     optim.FTRL: Rule(

@@ -49,7 +49,12 @@ def velocity_momentum(p: float, g: float, v: float, h: VelocityScalars) -> tuple
     return p + v, v
 
 
-def velocity_scalars(o: optim.VelocityMomentum, t: int, memory: Memory) -> VelocityScalars:
+def velocity_nesterov(p: float, g: float, v: float, h: VelocityScalars) -> tuple[float, float]:
+    v = h.momentum * v - h.lr * g
+    return p + h.momentum * v - h.lr * g, v
+
+
+def velocity_scalars(o: optim.VelocityMomentum | optim.SGD, t: int, memory: Memory) -> VelocityScalars:
     return VelocityScalars(o.lr, o.momentum)
 
 
@@ -125,18 +130,22 @@ def lion_scalars(o: optim.Lion, t: int, memory: Memory) -> LionScalars:
 GRADIENT_DESCENT = Rule(gradient_descent, gradient_descent_scalars)
 MOMENTUM = Rule(momentum, momentum_scalars, ("momentum_buffer",))
 NESTEROV = Rule(nesterov, momentum_scalars, ("momentum_buffer",))
+VELOCITY_MOMENTUM = Rule(velocity_momentum, velocity_scalars, ("velocity",))
+VELOCITY_NESTEROV = Rule(velocity_nesterov, velocity_scalars, ("velocity",))
 
 
 def sgd(o: optim.SGD) -> Rule:
-    """By momentum and look-ahead."""
+    """By momentum, look-ahead and convention."""
     if o.momentum == 0.0:
         return GRADIENT_DESCENT
+    if o.convention == "keras":
+        return VELOCITY_NESTEROV if o.nesterov else VELOCITY_MOMENTUM
     return NESTEROV if o.nesterov else MOMENTUM
 
 
 RULES: Rules = {
     optim.SGD: sgd,
-    optim.VelocityMomentum: Rule(velocity_momentum, velocity_scalars, ("velocity",)),
+    optim.VelocityMomentum: VELOCITY_MOMENTUM,
     optim.AveragedMomentum: Rule(averaged_momentum, average_scalars, ("exp_avg",)),
     optim.ASGD: Rule(
         averaged_descent,

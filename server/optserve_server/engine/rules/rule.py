@@ -45,7 +45,7 @@ def preparation(optimizer: Any) -> Preparation:
     weight_decay = getattr(optimizer, "weight_decay", 0.0)
     if getattr(optimizer, "proximal_weight_decay", False):  # which is the rule's own business
         return Preparation(scale, l2=0.0, shrink=0.0)
-    if getattr(optimizer, "decoupled_weight_decay", False):
+    if getattr(optimizer, "decoupled_weight_decay", False) or getattr(optimizer, "convention", "") == "keras":
         return Preparation(scale, l2=0.0, shrink=optimizer.lr * weight_decay)
     return Preparation(scale, l2=weight_decay, shrink=0.0)
 
