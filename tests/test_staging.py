@@ -106,9 +106,10 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(array: Any, data: st
         staging.finish()
 
 
-def test_the_digest_tells_flipped_signs_whose_places_would_cancel() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_digest_tells_flipped_signs_whose_places_would_cancel(dtype: Any) -> None:
     """3 - 9 - 17 + 23 = 0: a sum of words times 2i + 1 would miss these four."""
-    array = np.abs(np.random.default_rng(0).normal(size=12)).astype(np.float32)
+    array = np.abs(np.random.default_rng(0).normal(size=12)).astype(dtype)
     array[[1, 11]] *= -1
     other = array.copy()
     other[[1, 4, 8, 11]] *= -1

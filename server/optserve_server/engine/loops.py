@@ -115,15 +115,16 @@ def guard_loop(dtype: DType) -> Loop:
 
     A row of `table`, int64 [n, 4], is the first element, a multiple of BLOCK, the number of elements, address and skip.
     `sums` is float64 [blocks], `digests` uint32 [blocks]; elements 0 to BLOCK make the first block. A sum is finite exactly
-    if every element is, except that float64 squares may overflow. Of a word w, rotated so that its sign is not the uppermost
-    bit, and its place i the digest has w(w + 2i + 1): the factor is odd where w changes by an even number, so no such change of
-    one word goes unseen, and what a flipped sign adds depends on the word, so that those of several don't cancel, but by chance
-    or among a few round numbers. One loop does both, so that the arithmetic of one part hides behind the other and the whole
-    behind the memory.
+    if every element is, except that float64 squares may overflow. Of a word w, rotated so that its sign is the lowest bit, and
+    its place i the digest has w(w + 2i + 1): what a flipped sign or another change adds depends on all of the word, so that
+    those of several don't cancel, but by chance or among a few round numbers. One loop does both, so that the arithmetic of one
+    part hides behind the other and the whole behind the memory.
     """
     decode, (read, new_buffer) = decoder(dtype), reader(dtype)
     itemsize = bits(dtype).itemsize
     word = np.dtype(f"u{itemsize}").type
+    left = np.uint32(33 - min(32, 8 * itemsize))  # by which the sign becomes the lowest bit
+    right = np.uint32(32 - left)
 
     @njit(error_model="numpy")
     def folded(bits: Any) -> Any:
@@ -142,7 +143,7 @@ def guard_loop(dtype: DType) -> Loop:
             value = np.float64(decode(elements[i]))
             total += value * value
             mixed = fold(words[i])
-            mixed = np.uint32(np.uint32(mixed << np.uint32(7)) | np.uint32(mixed >> np.uint32(25)))
+            mixed = np.uint32(np.uint32(mixed << left) | np.uint32(mixed >> right))
             digest = np.uint32(digest + np.uint32(mixed * np.uint32(mixed + np.uint32(2 * i + 1))))
         return total, digest
 
