@@ -115,7 +115,7 @@ Transcription = Callable[[Any, Array, Array, dict[str, Array], int, float], Arra
 
 
 def paper_oracle(transcription: Transcription, optimizer: optim.Optimizer) -> Oracle:
-    """A transcription of a paper: its state starts at zero. L2 decay and maximization are added in front of it."""
+    """A transcription of a paper, weight decay included: its state starts at zero."""
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
         p, t = parameters.copy(), 0
@@ -133,6 +133,11 @@ def paper_oracle(transcription: Transcription, optimizer: optim.Optimizer) -> Or
 def l2(o: Any, p: Array, g: Array) -> Array:
     """The gradient with weight decay."""
     return g + o.weight_decay * p
+
+
+def decayed(o: Any, p: Array, g: Array, lr: float) -> tuple[Array, Array]:
+    """Parameters and gradient with weight decay, decoupled or L2."""
+    return (p * (1 - lr * o.weight_decay), g) if o.decoupled_weight_decay else (p, l2(o, p, g))
 
 
 def velocity_momentum(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
@@ -164,10 +169,7 @@ def ftrl(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> 
 def adabelief(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
     """Algorithm 2 of the paper, whose epsilon is added to s."""
     beta1, beta2 = o.betas
-    if o.decoupled_weight_decay:
-        p = p * (1 - lr * o.weight_decay)
-    else:
-        g = l2(o, p, g)
+    p, g = decayed(o, p, g, lr)
     s["m"] = beta1 * s["m"] + (1 - beta1) * g
     s["s"] = beta2 * s["s"] + (1 - beta2) * (g - s["m"]) ** 2 + o.eps_root
     return p - lr * (s["m"] / (1 - beta1**t)) / (np.sqrt(s["s"] / (1 - beta2**t)) + o.eps)
@@ -203,10 +205,7 @@ def ademamix(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float)
 def adopt(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
     """Algorithm 2 of the paper, with the clipping of its section on stability."""
     beta1, beta2 = o.betas
-    if o.decoupled_weight_decay:
-        p = p * (1 - lr * o.weight_decay)
-    else:
-        g = l2(o, p, g)
+    p, g = decayed(o, p, g, lr)
     if t == 1:
         s["v"] = g**2
         return p

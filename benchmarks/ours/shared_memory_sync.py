@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 
 import optserve
 from benchmarks.ours.server import server
-from benchmarks.ours.worker import NAME, TENSOR, parameter_set
-from benchmarks.peers.gradient import gradient
+from benchmarks.ours.worker import NAME, in_place, parameter_set
 from benchmarks.peers.process import spawned
 
 WORKERS = 2
@@ -19,7 +17,7 @@ def contender(size: int) -> Iterator[Callable[[], object]]:
     """One of the workers; its step ends when the other's has, too."""
     policy = optserve.Sync(WORKERS)
     with server() as address, parameter_set(address, size, transport="shared_memory", policy=policy) as weights:
-        step_here = worker(weights, size)
+        step_here = in_place(weights, size)
         with spawned(work, address, size) as other:
 
             def step() -> optserve.Parameters:
@@ -33,14 +31,7 @@ def contender(size: int) -> Iterator[Callable[[], object]]:
 def work(parent: Connection, address: str, size: int) -> None:
     """Be the other worker: it waits in step for the first."""
     with optserve.Client(address, transport="shared_memory") as client:
-        step = worker(client.parameter_set(NAME), size)
+        step = in_place(client.parameter_set(NAME), size)
         while True:
             step()
             parent.send_bytes(b"done")
-
-
-def worker(weights: optserve.ParameterSet, size: int) -> Callable[[], optserve.Parameters]:
-    """A worker's step, with a gradient that lies in its buffer already."""
-    buffers = weights.gradient_buffers()
-    buffers[TENSOR][:] = gradient(size)
-    return partial(weights.step, buffers, copy=False)

@@ -2,17 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from benchmarks.ours.server import server
-from benchmarks.ours.worker import TENSOR, parameter_set
-from benchmarks.peers.gradient import gradient
+from benchmarks.ours.worker import in_place, parameter_set
 
 
 @contextmanager
 def contender(size: int) -> Iterator[Callable[[], object]]:
     """As `shared_memory`, but gradients are applied unread."""
     with server() as address, parameter_set(address, size, transport="shared_memory", guard=False) as weights:
-        buffers = weights.gradient_buffers()
-        buffers[TENSOR][:] = gradient(size)
-        yield partial(weights.step, buffers, copy=False)
+        yield in_place(weights, size)

@@ -1,11 +1,13 @@
 """A worker's handle on one tensor that Adam updates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
 import optserve
+from benchmarks.peers.gradient import gradient
 from optserve import Async, ParameterSet, Policy, optim
 from optserve.formats import BFloat16, Format
 
@@ -30,3 +32,10 @@ def parameter_set(
         yield client.create_parameter_set(
             NAME, start, optim.Adam(), guard=guard, policy=policy, push_format=push_format, pull_format=pull_format
         )
+
+
+def in_place(weights: ParameterSet, size: int) -> Callable[[], optserve.Parameters]:
+    """A step that copies nothing: the gradient lies in the handle's buffer already, as the local optimizers' does."""
+    buffers = weights.gradient_buffers()
+    buffers[TENSOR][:] = gradient(size)
+    return partial(weights.step, buffers, copy=False)
