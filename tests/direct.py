@@ -1,18 +1,22 @@
 """The engine without any transport: sets, sessions and pushes as the service makes them."""
 
+import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from optserve import Receipt, TensorSpec, optim
+from optserve import Receipt, TensorSpec, Transforms, optim
 from optserve._specification import Holds, ParameterSetSpec, as_arrays
+from optserve._transforms import PLAIN
 from optserve._wire import pack
+from optserve_server.engine.commit import Commit
 from optserve_server.engine.parameter_set import ParameterSet
-from optserve_server.engine.push import Declared
+from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.threads import Threads
+from optserve_server.storage import record
 
 Array = np.ndarray[Any, Any]
 
@@ -28,10 +32,11 @@ class DirectSet:
         threads: int = 2,
         chunk_bytes: int = 1 << 20,
         holds: Holds = Holds.PARAMETERS,
+        transforms: Transforms = PLAIN,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         specs = tuple(TensorSpec.of(name, array) for name, array in parameters.items())
-        spec = ParameterSetSpec("direct", specs, optimizer, holds=holds)
+        spec = ParameterSetSpec("direct", specs, optimizer, holds=holds, transforms=transforms)
         self._threads = Threads(threads)
         self.set = ParameterSet(spec, incarnation=1, threads=self._threads)
         if holds is Holds.PARAMETERS:
@@ -39,19 +44,52 @@ class DirectSet:
         self.session = self.set.open("direct", 0, self)
         self._sequence = itertools.count(1)
 
-    def push(self, gradients: Mapping[str, Array], changes: Mapping[str, Mapping[str, Any]] | None = None) -> Receipt:
+    def push(
+        self,
+        gradients: Mapping[str, Array],
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_scale: float = 1.0,
+    ) -> Receipt:
         """Apply gradients; returns the receipt, of a refusal too."""
-        declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
-        push = self.set.begin(next(self._sequence), declared, changes=changes)
-        for payload in pack(self._views(gradients), self.chunk_bytes):
-            push.add(payload.runs, payload.buffer, replace=False)
-        push.finish()
+        push = self._finished(gradients, changes, loss_scale)
         receipt, _ = self.set.push(self.session, self, push, pull=False)
         return receipt
 
-    def pull(self) -> dict[str, Array]:
-        """The parameters."""
-        snapshot = self.set.snapshot(pinned=False)
+    def push_together(self, gradients: Sequence[Mapping[str, Array]]) -> None:
+        """Apply several in one pass, as if they had waited for each other."""
+        commits = [Commit(self.session, self, self._finished(each), pull=False, held=None) for each in gradients]
+        sessions = [self.set.open(f"direct-{k}", 0, self) for k in range(len(commits))]
+        for commit, session in zip(commits, sessions, strict=True):
+            commit.session, commit.push.sequence = session, 1
+        with self.set._lock:
+            self.set._apply(commits)
+        assert all(commit.receipt is not None and commit.receipt.applied for commit in commits)
+
+    def restored(self) -> "DirectSet":
+        """Another set, from what this one would leave in a checkpoint."""
+        state = self.set.capture()
+        other = copy.copy(self)
+        other.set = ParameterSet(state.spec, incarnation=2, threads=self._threads)
+        other.set.restore(record.from_json(record.to_json(state), state.arenas))
+        other.session = other.set.open("direct", self.session.epoch, other)
+        return other
+
+    def _finished(
+        self,
+        gradients: Mapping[str, Array],
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_scale: float = 1.0,
+    ) -> Push:
+        declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
+        push = self.set.begin(next(self._sequence), declared, changes=changes, loss_scale=loss_scale)
+        for payload in pack(self._views(gradients), self.chunk_bytes):
+            push.add(payload.runs, payload.buffer, replace=False)
+        push.finish()
+        return push
+
+    def pull(self, *, evaluation: bool = False) -> dict[str, Array]:
+        """The parameters, or those to evaluate."""
+        snapshot = self.set.snapshot(pinned=False, evaluation=evaluation)
         assert snapshot is not None
         return {
             spec.name: snapshot.data[index].view(spec.dtype.array_dtype).reshape(spec.shape)

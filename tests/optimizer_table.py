@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,13 +51,22 @@ class Row:
     chaotic: str = ""
 
 
+@contextmanager
+def torch_in_float64() -> Iterator[None]:
+    """With float64 for torch's default dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def torch_oracle(name: str, optimizer: optim.Optimizer) -> Oracle:
     """`torch.optim.<name>`, for-loop path, in the dtype of the parameters."""
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # NAdam keeps its product of momenta in the default dtype
-        try:
+        with torch_in_float64():  # NAdam keeps its product of momenta in the default dtype
             tensor = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
             options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
             theirs = getattr(torch.optim, name)([tensor], foreach=False, **options)
@@ -65,8 +75,6 @@ def torch_oracle(name: str, optimizer: optim.Optimizer) -> Oracle:
                 tensor.grad = None if step.gradient is None else torch.from_numpy(step.gradient.copy())
                 theirs.step()
             return tensor.detach().numpy()
-        finally:
-            torch.set_default_dtype(default)
 
     return run
 

@@ -128,8 +128,8 @@ def assert_same_state(left: State, right: State) -> None:
     for name, arena in left.arenas.items():
         for compute, array in arena.items():
             assert array.tobytes() == right.arenas[name][compute].tobytes(), name
-    np.testing.assert_array_equal(left.steps, right.steps)
-    assert left.memory == right.memory
+    np.testing.assert_array_equal(left.progress.steps, right.progress.steps)
+    assert left.progress.memory == right.progress.memory
 
 
 def normal(shape: tuple[int, ...], dtype: Any, seed: int) -> Array:

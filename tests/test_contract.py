@@ -111,7 +111,7 @@ def test_a_small_step_is_one_message_each_way(stub: Stub, set_id: str) -> None:
     opened, answer = run(stub, opening(set_id), whole_push(1, pull=step_pb2.Pull()))
     assert opened.opened.epoch != 0
     assert list(opened.opened.tensors) == [tensor()]
-    assert answer.receipt.applied
+    assert answer.receipt.outcome == step_pb2.OUTCOME_APPLIED
     assert answer.parameters.position.version == 1
     assert answer.end
     np.testing.assert_array_equal(np.frombuffer(answer.chunk.data, np.float32), np.ones(SIZE))
@@ -127,7 +127,7 @@ def test_chunks_come_in_any_order_and_later_pushes_need_not_declare_again(stub: 
         step_pb2.StepRequest(push=step_pb2.Push(sequence=2), chunk=chunk(np.ones(SIZE)), commit=True),
     ]
     _, first, second = run(stub, *requests)
-    assert (first.receipt.applied, second.receipt.applied) == (True, True)
+    assert first.receipt.outcome == second.receipt.outcome == step_pb2.OUTCOME_APPLIED
     np.testing.assert_array_equal(pulled(stub, set_id), [2] * 6 + [3] * 4)
 
 
@@ -160,7 +160,7 @@ def test_a_refused_push_is_recorded_and_gets_the_same_refusal_again(stub: Stub, 
     _, again, good = run(stub, opening(set_id, epoch=opened.opened.epoch), bad, whole_push(2))
     assert again.receipt.duplicate
     assert again.receipt.refusal == first.receipt.refusal
-    assert good.receipt.applied
+    assert good.receipt.outcome == step_pb2.OUTCOME_APPLIED
     np.testing.assert_array_equal(pulled(stub, set_id), np.ones(SIZE))
 
 
@@ -192,7 +192,7 @@ def test_truncated_and_overlapping_chunks_are_refused(
     _, answer, good = run(stub, opening(set_id), begin, *requests, end, whole_push(2))
     assert answer.receipt.refusal.reason == reason
     assert re.search(message, answer.receipt.refusal.message)
-    assert good.receipt.applied
+    assert good.receipt.outcome == step_pb2.OUTCOME_APPLIED
     np.testing.assert_array_equal(pulled(stub, set_id), np.ones(SIZE))
 
 

@@ -279,7 +279,7 @@ def test_streams_that_rest_between_pushes_are_not_ended(impatient: Server) -> No
         weights = client.create_parameter_set("a", ZEROS, COUNTING)
         resting, silent = Stub(channel, "a", "resting"), Stub(channel, "a", "silent")
         resting.begin()
-        assert resting.finish().applied
+        assert resting.finish().outcome == step_pb2.OUTCOME_APPLIED
         held = weights.step(ONES, copy=False)
         for _ in range(2):
             stalled = Stub(channel, "a", "stalled")

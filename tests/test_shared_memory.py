@@ -562,7 +562,7 @@ def test_generated_stubs_step_through_shared_memory(channel: grpc.Channel, weigh
     stub = Stub(channel, weights.id)
     stub.gradients()[stub.offer.gradient_offsets[0] // 4 :][:LARGE] = 3
     answer = stub.ask(**push(1, lying()), pull=step_pb2.Pull(in_shared_memory=True))
-    assert (answer.receipt.applied, answer.end) == (True, True)
+    assert (answer.receipt.outcome, answer.end) == (step_pb2.OUTCOME_APPLIED, True)
     assert not answer.HasField("chunk")
     mapped = mmap.mmap(stub.segment(answer.parameters.segment), 0, mmap.MAP_SHARED, mmap.PROT_READ)
     params = np.frombuffer(mapped, np.float32, LARGE, stub.offer.parameter_offsets[0])
@@ -729,7 +729,7 @@ def test_runs_outside_of_their_tensor_are_refused(
     answer = stub.ask(commit=True)
     assert answer.receipt.refusal.reason == "INVALID_CHUNK"
     assert not weights.pull()["x"].any()
-    assert stub.ask(**push(2, lying())).receipt.applied
+    assert stub.ask(**push(2, lying())).receipt.outcome == step_pb2.OUTCOME_APPLIED
     assert (weights.pull()["x"] == 1).all()
     stub.end()
 
@@ -750,7 +750,7 @@ def test_a_step_whose_pull_finds_nothing_newer_leaves_nothing_pinned(
     stub = Stub(channel, weights.id)
     after = parameter_set_pb2.Position(incarnation=stub.position.incarnation, version=1)
     answer = stub.ask(**push(1, sent(ONES["x"])), pull=step_pb2.Pull(newer_than=after))
-    assert (answer.receipt.applied, answer.parameters.unchanged) == (True, True)
+    assert (answer.receipt.outcome, answer.parameters.unchanged) == (step_pb2.OUTCOME_APPLIED, True)
     stub.end()
     assert pins(server._engine.get(weights.id)) == 0
 

@@ -15,6 +15,7 @@ from optserve._errors import (
     InvalidName,
     InvalidPolicy,
     InvalidTensor,
+    InvalidTransform,
     MessageOrder,
     NoDataDirectory,
     NonFiniteValue,
@@ -39,13 +40,31 @@ from optserve._errors import (
 )
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
-from optserve._results import Description, Durability, GroupDescription, Parameters, Position, Receipt, Summary
+from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._transforms import (
+    EMA,
+    SWA,
+    ClipAdaptive,
+    ClipGlobalNorm,
+    ClipNorm,
+    ClipValue,
+    Lookahead,
+    RefuseNonFinite,
+    SkipNonFinite,
+    Transforms,
+)
 
 __all__ = [
+    "EMA",
+    "SWA",
     "Async",
     "Client",
     "ClientClosed",
+    "ClipAdaptive",
+    "ClipGlobalNorm",
+    "ClipNorm",
+    "ClipValue",
     "DeadlineExceeded",
     "Description",
     "Durability",
@@ -60,11 +79,14 @@ __all__ = [
     "InvalidName",
     "InvalidPolicy",
     "InvalidTensor",
+    "InvalidTransform",
+    "Lookahead",
     "MessageOrder",
     "NoDataDirectory",
     "NoSharedMemory",
     "NonFiniteValue",
     "OptserveError",
+    "Outcome",
     "OutcomeUnknown",
     "ParameterSet",
     "ParameterSetExists",
@@ -75,6 +97,7 @@ __all__ = [
     "Position",
     "Receipt",
     "Refusal",
+    "RefuseNonFinite",
     "RolledBack",
     "RoundIncomplete",
     "SequenceGap",
@@ -84,11 +107,13 @@ __all__ = [
     "ServerError",
     "ServerUnavailable",
     "SessionSuperseded",
+    "SkipNonFinite",
     "SpecificationMismatch",
     "Summary",
     "Sync",
     "TensorMismatch",
     "TensorSpec",
+    "Transforms",
     "UnknownRule",
     "formats",
     "keep_freed_memory",

@@ -16,6 +16,7 @@ from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
+from optserve._transforms import PLAIN, Transforms
 from optserve._transport import connect
 from optserve._wire import Frame, bytes_of, pack
 from optserve.formats import BFloat16, Float16, Format
@@ -55,6 +56,7 @@ class Client:
         holds: Holds | str = Holds.PARAMETERS,
         guard: bool = True,
         policy: Policy = ASYNC,
+        transforms: Transforms = PLAIN,
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -65,18 +67,18 @@ class Client:
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
         says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
-        With `exist_ok`, attach to an existing set of the same specification, whose values stay as they are. `client_id` and
-        the formats are as in `parameter_set`.
+        `transforms` are what happens around the rule: clipping, accumulation, averages. With `exist_ok`, attach to an existing
+        set of the same specification, whose values stay as they are. `client_id` and the formats are as in `parameter_set`.
 
-        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy, NonFiniteValue,
-        ParameterSetExists, or with `exist_ok` SpecificationMismatch.
+        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy,
+        InvalidTransform, NonFiniteValue, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         choice = Choice(self._via, push_format, pull_format)
         arrays = as_arrays(parameters)
         specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy)
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy, transforms)
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None

@@ -8,6 +8,7 @@ OptserveError
 │   ├── UnknownRule                no such optimizer
 │   ├── InvalidFormat              a wire format that does not exist, or does not fit
 │   ├── InvalidPolicy              a policy that does not exist, or that the server has no room for
+│   ├── InvalidTransform           a transform that does not exist, or that the set could never have
 │   ├── InvalidHyperparameter      unknown, of the wrong type, out of range, or fixed for life
 │   ├── TensorMismatch             a push or pull names what the set does not have
 │   ├── InvalidChunk               bytes that are truncated, overlap, or miss their tensor
@@ -98,6 +99,10 @@ class InvalidFormat(InvalidArgument):
 
 class InvalidPolicy(InvalidArgument):
     """A policy is ill-formed, or one that this server could never follow."""
+
+
+class InvalidTransform(InvalidArgument):
+    """A transform is ill-formed, or one that this set could never have."""
 
 
 class InvalidHyperparameter(InvalidArgument):

@@ -13,14 +13,29 @@ from optserve._errors import (
     InvalidHyperparameter,
     InvalidPolicy,
     InvalidTensor,
+    InvalidTransform,
     Refusal,
 )
 from optserve._policies import Async, Policy, Sync
-from optserve._results import Description, Durability, GroupDescription, Position, Receipt, Summary
+from optserve._results import Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._transforms import (
+    EMA,
+    REFUSE,
+    SWA,
+    Average,
+    Clip,
+    ClipAdaptive,
+    ClipGlobalNorm,
+    ClipNorm,
+    ClipValue,
+    Lookahead,
+    SkipNonFinite,
+    Transforms,
+)
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
-from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2, transforms_pb2
 
 _ENCODINGS = {
     type(None): tensor_pb2.ENCODING_UNSPECIFIED,
@@ -37,6 +52,17 @@ _DTYPES = {
     FLOAT64: tensor_pb2.DTYPE_FLOAT64,
     BFLOAT16: tensor_pb2.DTYPE_BFLOAT16,
     FLOAT16: tensor_pb2.DTYPE_FLOAT16,
+}
+_OUTCOMES = {
+    Outcome.APPLIED: step_pb2.OUTCOME_APPLIED,
+    Outcome.ACCUMULATED: step_pb2.OUTCOME_ACCUMULATED,
+    Outcome.SKIPPED: step_pb2.OUTCOME_SKIPPED,
+    Outcome.REFUSED: step_pb2.OUTCOME_REFUSED,
+}
+_CONVENTIONS = {
+    "torch": transforms_pb2.CONVENTION_TORCH,
+    "optax": transforms_pb2.CONVENTION_OPTAX,
+    "keras": transforms_pb2.CONVENTION_KERAS,
 }
 _DURABILITY = {
     Durability.MEMORY: parameter_set_pb2.DURABILITY_MEMORY,
@@ -173,6 +199,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         holds=_HOLDS[spec.holds],
         unguarded=not spec.guard,
         policy=_encode_policy(spec.policy),
+        transforms=_encode_transforms(spec.transforms),
     )
 
 
@@ -188,6 +215,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         holds=_decode_holds(message.holds),
         guard=not message.unguarded,
         policy=_decode_policy(message.policy),
+        transforms=_decode_transforms(message.transforms),
     )
 
 
@@ -218,7 +246,7 @@ def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
     message = step_pb2.Receipt(
         sequence=receipt.sequence,
         position=encode_position(receipt.position),
-        applied=receipt.applied,
+        outcome=_OUTCOMES[receipt.outcome],
         duplicate=receipt.duplicate,
         staleness=receipt.staleness,
         gradient_norm=receipt.gradient_norm,
@@ -235,7 +263,7 @@ def decode_receipt(message: step_pb2.Receipt) -> Receipt:
     return Receipt(
         sequence=message.sequence,
         position=decode_position(message.position),
-        applied=message.applied,
+        outcome=Outcome(message.outcome),
         duplicate=message.duplicate,
         staleness=message.staleness if message.HasField("staleness") else None,
         gradient_norm=message.gradient_norm,
@@ -324,6 +352,71 @@ def _decode_policy(message: policy_pb2.Policy) -> Policy:
     if message.WhichOneof("kind") == "sync":
         return Sync(message.sync.workers, message.sync.deadline.ToNanoseconds() / 1e9)
     return Async()
+
+
+def _encode_transforms(transforms: Transforms) -> transforms_pb2.Transforms:
+    message = transforms_pb2.Transforms(accumulate=transforms.accumulate)
+    if isinstance(transforms.nonfinite, SkipNonFinite):
+        message.skip_nonfinite.at_most = transforms.nonfinite.at_most or 0
+    if transforms.clip is not None:
+        message.clip.CopyFrom(_encode_clip(transforms.clip))
+    if transforms.lookahead is not None:
+        message.lookahead.every, message.lookahead.alpha = transforms.lookahead.every, transforms.lookahead.alpha
+    match transforms.average:
+        case EMA(decay):
+            message.average.ema_decay = decay
+        case SWA(start, every):
+            message.average.swa.start, message.average.swa.every = start, every
+    return message
+
+
+def _decode_transforms(message: transforms_pb2.Transforms) -> Transforms:
+    skips, lookahead = message.HasField("skip_nonfinite"), message.lookahead
+    return Transforms(
+        nonfinite=SkipNonFinite(message.skip_nonfinite.at_most or None) if skips else REFUSE,
+        accumulate=message.accumulate or 1,
+        clip=_decode_clip(message.clip) if message.HasField("clip") else None,
+        lookahead=Lookahead(lookahead.every, lookahead.alpha) if message.HasField("lookahead") else None,
+        average=_decode_average(message.average) if message.HasField("average") else None,
+    )
+
+
+def _encode_clip(clip: Clip) -> transforms_pb2.Clip:
+    match clip:
+        case ClipGlobalNorm(largest, convention):
+            return transforms_pb2.Clip(global_norm=largest, convention=_CONVENTIONS[convention])
+        case ClipNorm(largest, convention):
+            return transforms_pb2.Clip(norm=largest, convention=_CONVENTIONS[convention])
+        case ClipValue(largest):
+            return transforms_pb2.Clip(value=largest)
+        case ClipAdaptive(clipping, eps, convention):
+            return transforms_pb2.Clip(adaptive=clipping, eps=eps, convention=_CONVENTIONS[convention])
+
+
+def _decode_clip(message: transforms_pb2.Clip) -> Clip:
+    conventions = {number: name for name, number in _CONVENTIONS.items()}
+    convention = conventions.get(message.convention, "torch")
+    match message.WhichOneof("kind"):
+        case "global_norm":
+            return ClipGlobalNorm(message.global_norm, convention)
+        case "norm":
+            return ClipNorm(message.norm, convention)
+        case "value":
+            return ClipValue(message.value)
+        case "adaptive":
+            return ClipAdaptive(message.adaptive, message.eps, convention)
+        case _:
+            raise InvalidTransform("expected a clip to be global_norm, norm, value or adaptive; got none of them")
+
+
+def _decode_average(message: transforms_pb2.Average) -> Average:
+    match message.WhichOneof("kind"):
+        case "ema_decay":
+            return EMA(message.ema_decay)
+        case "swa":
+            return SWA(message.swa.start, message.swa.every)
+        case _:
+            raise InvalidTransform("expected an average to be ema_decay or swa; got neither")
 
 
 def _decode_dtype(value: int) -> DType:

@@ -42,7 +42,7 @@ class ParameterSet:
     ) -> None:
         self._transport = transport
         self._timeout = timeout
-        self._session = Session(transport, set_id, client_id, timeout, choice, base)
+        self._session = Session(transport, set_id, client_id, timeout, choice, base, moments_only=moments_only)
         self._compressor = Compressor(choice.push_format) if choice.push_format is not None else None
         self._moments_only = moments_only
         self.id = set_id
@@ -57,6 +57,7 @@ class ParameterSet:
         *,
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
+        loss_scale: float = 1.0,
         tensors: Sequence[str] = (),
         copy: bool = True,
     ) -> Parameters:
@@ -66,7 +67,7 @@ class ParameterSet:
         the server: they stay as they are until this handle's next step, push or pull, or until its connection ends. In a set
         that holds moments only, the result is what to add to the parameters. Raises what `push` raises.
         """
-        push = self._outgoing(gradients, parameters, hyperparameters)
+        push = self._outgoing(gradients, parameters, hyperparameters, loss_scale)
         receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors), copy=copy))
         assert receipt is not None
         assert pulled is not None
@@ -86,38 +87,48 @@ class ParameterSet:
         *,
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
+        loss_scale: float = 1.0,
     ) -> Receipt:
         """Send gradients, one array of the registered shape and dtype for each tensor that has one.
 
         A tensor without a gradient is left alone. `parameters` are the caller's current ones, for weight decay in a set that
         holds moments only. `hyperparameters`, by group and name, change with this push and stay changed:
-        `{"default": {"lr": 1e-4}}`.
+        `{"default": {"lr": 1e-4}}`. `loss_scale` is what the loss was multiplied by; the server divides gradients by it.
 
         Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
-        which case nothing changed; OutcomeUnknown if no receipt came in time.
+        which case nothing changed; OutcomeUnknown if no receipt came in time. With transforms, a push may also be accumulated
+        or skipped: `receipt.outcome` says so.
         """
-        receipt, _ = self._session.exchange(self._outgoing(gradients, parameters, hyperparameters), None)
+        receipt, _ = self._session.exchange(self._outgoing(gradients, parameters, hyperparameters, loss_scale), None)
         assert receipt is not None
         return receipt
 
     @overload
-    def pull(self, *, newer_than: None = None, tensors: Sequence[str] = ()) -> Parameters: ...
+    def pull(self, *, newer_than: None = None, tensors: Sequence[str] = (), evaluation: bool = False) -> Parameters: ...
 
     @overload
-    def pull(self, *, newer_than: "int | Position | Parameters", tensors: Sequence[str] = ()) -> Parameters | None: ...
+    def pull(
+        self, *, newer_than: "int | Position | Parameters", tensors: Sequence[str] = (), evaluation: bool = False
+    ) -> Parameters | None: ...
 
     def pull(
-        self, *, newer_than: "int | Position | Parameters | None" = None, tensors: Sequence[str] = ()
+        self,
+        *,
+        newer_than: "int | Position | Parameters | None" = None,
+        tensors: Sequence[str] = (),
+        evaluation: bool = False,
     ) -> Parameters | None:
         """Fetch parameters, or the tensors named, in that order; None if nothing is newer than `newer_than`.
 
-        A version alone stands for one in the history that this handle last saw. Raises TensorMismatch for an unknown name.
+        A version alone stands for one in the history that this handle last saw. With `evaluation`, fetch those to evaluate: the
+        set's average (`EMA`, `SWA`), or what its rule keeps for that (`optim.ScheduleFreeAdamW`, `optim.ASGD`). Raises
+        TensorMismatch for an unknown name, InvalidTransform where there is nothing to evaluate but the parameters.
         """
         if isinstance(newer_than, int):
             newer_than = self._session.position_at(newer_than)
         elif isinstance(newer_than, Parameters):
             newer_than = newer_than.position
-        _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than))
+        _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than, evaluation=evaluation))
         return pulled
 
     def gradient_buffers(self) -> dict[str, "np.ndarray[Any, Any]"]:
@@ -177,10 +188,11 @@ class ParameterSet:
         gradients: Mapping[str, ArrayLike],
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
+        loss_scale: float,
     ) -> OutgoingPush:
         arrays = as_arrays(gradients)
         compressed = self._compressor.begin(arrays) if self._compressor is not None else None
-        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed)
+        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, loss_scale)
         if not outgoing.gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent

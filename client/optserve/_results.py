@@ -13,6 +13,15 @@ from optserve._specification import Holds, ParameterSetSpec
 from optserve.optim import Group, Optimizer
 
 
+class Outcome(enum.IntEnum):
+    """What was done with a push: it made an update, was added to others for a later one, skipped, or refused."""
+
+    APPLIED = 1
+    ACCUMULATED = 2
+    SKIPPED = 3
+    REFUSED = 4
+
+
 class Durability(enum.IntEnum):
     """How far a push had travelled when its receipt was sent."""
 
@@ -42,14 +51,15 @@ class Position:
 class Receipt:
     """What became of a push.
 
-    `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, before
-    any change to them, and NaN in a set without a guard; `learning_rates` holds the one used, by group; `duplicate` marks the
-    first receipt of a push that came again; `refusal` is why a push was not applied (the SDK raises it as an error).
+    `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, divided
+    by the loss scale, before any other change to them, and NaN in a set without a guard; `learning_rates` holds the one used,
+    by group; `duplicate` marks the first receipt of a push that came again; `refusal` is why a push was refused (the SDK raises
+    it as an error) or skipped.
     """
 
     sequence: int
     position: Position
-    applied: bool
+    outcome: Outcome
     duplicate: bool = False
     staleness: int | None = None
     gradient_norm: float = 0.0
@@ -61,6 +71,16 @@ class Receipt:
     def version(self) -> int:
         """Number of updates that the set had applied right after the push."""
         return self.position.version
+
+    @property
+    def applied(self) -> bool:
+        """Whether the push made an update."""
+        return self.outcome is Outcome.APPLIED
+
+    @property
+    def refused(self) -> bool:
+        """Whether the push was wrong; nothing changed then."""
+        return self.outcome is Outcome.REFUSED
 
     @property
     def learning_rate(self) -> float:

@@ -60,6 +60,7 @@ class OutgoingPush:
     parameters: Arrays
     changes: Mapping[str, Mapping[str, Any]]
     compressed: CompressedPush | None = None
+    loss_scale: float = 1.0
 
     @functools.cached_property
     def declared(self) -> Declared:
@@ -75,12 +76,14 @@ class OutgoingPush:
 class OutgoingPull:
     """What a worker asks for: tensors in order (none: all), and from which position on (None: any).
 
-    Without `copy`, arrays may lie in shared memory and are valid until the next push or pull.
+    Without `copy`, arrays may lie in shared memory and are valid until the next push or pull. With `evaluation`, it asks for
+    the parameters to evaluate.
     """
 
     tensors: tuple[str, ...] = ()
     newer_than: Position | None = None
     copy: bool = True
+    evaluation: bool = False
 
 
 @dataclass(slots=True)
@@ -99,7 +102,7 @@ class Exchange:
     @property
     def refused(self) -> bool:
         """Whether the push was refused; a pull that came with it is then not answered."""
-        return self.receipt is not None and self.receipt.refusal is not None
+        return self.receipt is not None and self.receipt.refused
 
 
 class Session:
@@ -116,12 +119,15 @@ class Session:
         timeout: float,
         choice: Choice,
         base: Position | None = None,
+        *,
+        moments_only: bool = False,
     ) -> None:
         self._transport = transport
         self._set_id = set_id
         self._client_id = client_id
         self._timeout = timeout
         self._choice = choice
+        self._moments_only = moments_only
         self._lock = threading.Lock()
         self._closed = False
         self._stream: Stream | None = None
@@ -145,9 +151,9 @@ class Session:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
-            if push is not None and push.compressed is not None and receipt is not None and receipt.applied:
+            if push is not None and push.compressed is not None and receipt is not None and receipt.refusal is None:
                 push.compressed.applied()
-        if receipt is not None and receipt.refusal is not None:
+        if receipt is not None and receipt.refused and receipt.refusal is not None:
             raise receipt.refusal.error()
         return receipt, parameters
 
@@ -250,7 +256,7 @@ class Session:
             self._last_receipt = replace(decode_receipt(opened.last_receipt), duplicate=True)
         if self._uncertain is not None and self._unsettled is not None and resumed:
             sequence, receipt = self._unsettled[1], self._last_receipt
-            if receipt is not None and receipt.sequence == sequence and receipt.applied:
+            if receipt is not None and receipt.sequence == sequence and receipt.refusal is None:
                 self._uncertain.applied()
         self._uncertain = None
         self._tensors = tuple(map(decode_tensor, opened.tensors))
@@ -285,6 +291,8 @@ class Session:
                 exchange.sent = sent_before
                 raise
             exchange.receipt = self._received(answer, exchange.sequence)
+        elif self._moments_only and exchange.receipt is not None and not exchange.receipt.applied and exchange.pull:
+            return exchange.receipt, Parameters({}, exchange.receipt.position, exchange.receipt)  # nothing to add
         elif exchange.pull is not None and not exchange.refused:
             stream.send(self._requests(None, exchange.pull, None))
         if exchange.pull is None or exchange.refused:
@@ -332,13 +340,16 @@ class Session:
             asked = frame.message.pull
             asked.SetInParent()
             asked.tensors.extend(pull.tensors)
+            asked.evaluation = pull.evaluation
             self._carrier.ask(asked)
             if pull.newer_than is not None:
                 asked.newer_than.CopyFrom(encode_position(pull.newer_than))
         yield frame
 
     def _begin(self, push: OutgoingPush, sequence: int) -> step_pb2.Push:
-        message = step_pb2.Push(sequence=sequence, hyperparameters=encode_changes(push.changes))
+        message = step_pb2.Push(
+            sequence=sequence, hyperparameters=encode_changes(push.changes), loss_scale=push.loss_scale
+        )
         if self._base is not None:
             message.base.CopyFrom(encode_position(self._base))
         declared = push.declared

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from optserve._dtypes import DType, dtype_named
 from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
 from optserve._policies import ASYNC, Policy
+from optserve._transforms import PLAIN, Transforms
 from optserve.optim import Group, Optimizer
 
 BLOCK = 4096  # elements: the unit of reductions on the server; chunks that end at multiples of it are read in place
@@ -118,6 +119,7 @@ class ParameterSetSpec:
     holds: Holds = field(default=Holds.PARAMETERS)
     guard: bool = True
     policy: Policy = ASYNC
+    transforms: Transforms = PLAIN
 
     def __post_init__(self) -> None:
         check_set_id(self.id)

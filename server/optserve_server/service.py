@@ -92,7 +92,7 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
-        self._engine.check_rule(spec)
+        self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
         with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.tensors))):

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from optserve._dtypes import DType
 from optserve._errors import InvalidArgument, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
     decode_changes,
@@ -118,6 +117,7 @@ class StepStream:
             self._declared,
             base=decode_position(message.base) if message.HasField("base") else None,
             changes=decode_changes(message.hyperparameters),
+            loss_scale=message.loss_scale or 1.0,
         )
         return self._push.nbytes
 
@@ -135,10 +135,15 @@ class StepStream:
         parameter_set, session = self._opened("commit")
         push = self._pushing("commit")
         push.finish(pull.tensors if pull is not None else ())
-        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None
+        if pull is not None and pull.evaluation:
+            try:
+                parameter_set.check_evaluation()
+            except InvalidArgument as error:
+                push.refuse(error)
+        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None and not pull.evaluation
         receipt, snapshot = parameter_set.push(session, self, push, pull=pinned, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
-        if pull is None or not receipt.applied:
+        if pull is None or receipt.refused:
             yield Frame(StepResponse(receipt=encode_receipt(receipt)))
         else:
             yield from self._answer(parameter_set, pull, receipt, snapshot)
@@ -164,10 +169,13 @@ class StepStream:
                 yield frame
                 return
             if snapshot is None:
-                snapshot = self._snapshot(parameter_set, decode_smaller_dtype(pull.dtype), reading)
+                snapshot = self._snapshot(parameter_set, pull, reading)
                 reading.callback(parameter_set.release, snapshot)
             frame.message.parameters.position.CopyFrom(encode_position(snapshot.position))
-            indices = snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
+            nothing = (
+                receipt is not None and not snapshot.tensors
+            )  # of a set of moments, after a push without an update
+            indices = () if nothing else snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
             frame.message.parameters.tensors.extend(indices)
             segment = snapshot.buffer.memory.segment if snapshot.buffer is not None else None
             if pull.in_shared_memory and self._attachment is not None and isinstance(segment, Segment):
@@ -183,16 +191,19 @@ class StepStream:
             frame.message.end = True
             yield frame
 
-    def _snapshot(self, parameter_set: ParameterSet, dtype: DType | None, reading: ExitStack) -> Snapshot:
+    def _snapshot(self, parameter_set: ParameterSet, pull: step_pb2.Pull, reading: ExitStack) -> Snapshot:
         """What the set has now; a copy of it is counted as bytes in flight as long as it is read."""
-        snapshot = parameter_set.snapshot() if dtype is None else None
+        dtype = decode_smaller_dtype(pull.dtype)
+        if pull.evaluation:
+            parameter_set.check_evaluation()
+        snapshot = parameter_set.snapshot() if dtype is None and not pull.evaluation else None
         if snapshot is not None:
             return snapshot
         try:
             reading.enter_context(self._gate.room(parameter_set.snapshot_nbytes(dtype)))
         except (ServerBusy, ServerDraining) as error:  # but this must not read as if nothing had been taken in
             raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
-        copied = parameter_set.snapshot(pinned=False, dtype=dtype)
+        copied = parameter_set.snapshot(pinned=False, dtype=dtype, evaluation=pull.evaluation)
         assert copied is not None
         return copied
 

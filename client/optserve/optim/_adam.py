@@ -179,7 +179,7 @@ class Adan(Optimizer):
     Reference: Xie et al., TPAMI 2024, arXiv:2208.06677.
     """
 
-    proximal_weight_decay: ClassVar[bool] = True
+    own_weight_decay: ClassVar[bool] = True
 
     betas: tuple[float, float, float] = hyperparameter(
         (0.98, 0.92, 0.99), "Decays β₁, β₂, β₃ of the averages, per update.", below=1.0

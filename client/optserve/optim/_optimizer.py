@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from optserve._errors import InvalidHyperparameter
 
@@ -96,6 +96,8 @@ EPS = "ε, added to the denominator so that it is never zero."
 @dataclass(frozen=True)
 class Optimizer:
     """A rule and its hyperparameters; raises InvalidHyperparameter for a value of the wrong type or out of range."""
+
+    own_weight_decay: ClassVar[bool] = False  # whether the rule decays in a way of its own
 
     lr: float = hyperparameter(1e-3, LR)
 

@@ -4,6 +4,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import policy_pb2 as _policy_pb2
 from optserve.v1 import tensor_pb2 as _tensor_pb2
+from optserve.v1 import transforms_pb2 as _transforms_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -44,7 +45,7 @@ class Position(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms")
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +53,7 @@ class ParameterSetSpec(_message.Message):
     HOLDS_FIELD_NUMBER: _ClassVar[int]
     UNGUARDED_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     optimizer: _optimizer_pb2.Optimizer
@@ -59,7 +61,8 @@ class ParameterSetSpec(_message.Message):
     holds: Holds
     unguarded: bool
     policy: _policy_pb2.Policy
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ...) -> None: ...
+    transforms: _transforms_pb2.Transforms
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")

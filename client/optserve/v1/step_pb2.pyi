@@ -15,9 +15,22 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     ROLE_GRADIENT: _ClassVar[Role]
     ROLE_PARAMETER: _ClassVar[Role]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_APPLIED: _ClassVar[Outcome]
+    OUTCOME_ACCUMULATED: _ClassVar[Outcome]
+    OUTCOME_SKIPPED: _ClassVar[Outcome]
+    OUTCOME_REFUSED: _ClassVar[Outcome]
 ROLE_UNSPECIFIED: Role
 ROLE_GRADIENT: Role
 ROLE_PARAMETER: Role
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_APPLIED: Outcome
+OUTCOME_ACCUMULATED: Outcome
+OUTCOME_SKIPPED: Outcome
+OUTCOME_REFUSED: Outcome
 
 class StepRequest(_message.Message):
     __slots__ = ("open", "push", "chunk", "commit", "pull", "release")
@@ -104,16 +117,18 @@ class PushedTensor(_message.Message):
     def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., encoding: _Optional[_Union[_tensor_pb2.Encoding, str]] = ..., fraction: _Optional[float] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("sequence", "base", "tensors", "hyperparameters")
+    __slots__ = ("sequence", "base", "tensors", "hyperparameters", "loss_scale")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base: _parameter_set_pb2.Position
     tensors: _containers.RepeatedCompositeFieldContainer[PushedTensor]
     hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.GroupHyperparameters]
-    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[PushedTensor, _Mapping]]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ...) -> None: ...
+    loss_scale: float
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[PushedTensor, _Mapping]]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason", "message")
@@ -126,7 +141,7 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("sequence", "position", "applied", "duplicate", "staleness", "gradient_norm", "learning_rates", "durability", "refusal")
+    __slots__ = ("sequence", "position", "outcome", "duplicate", "staleness", "gradient_norm", "learning_rates", "durability", "refusal")
     class LearningRatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -136,7 +151,7 @@ class Receipt(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
-    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -145,26 +160,28 @@ class Receipt(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     position: _parameter_set_pb2.Position
-    applied: bool
+    outcome: Outcome
     duplicate: bool
     staleness: int
     gradient_norm: float
     learning_rates: _containers.ScalarMap[str, float]
     durability: _parameter_set_pb2.Durability
     refusal: Refusal
-    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., applied: bool = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Pull(_message.Message):
-    __slots__ = ("newer_than", "tensors", "dtype", "in_shared_memory")
+    __slots__ = ("newer_than", "tensors", "dtype", "in_shared_memory", "evaluation")
     NEWER_THAN_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     newer_than: _parameter_set_pb2.Position
     tensors: _containers.RepeatedScalarFieldContainer[str]
     dtype: _tensor_pb2.DType
     in_shared_memory: bool
-    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., in_shared_memory: bool = ...) -> None: ...
+    evaluation: bool
+    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., in_shared_memory: bool = ..., evaluation: bool = ...) -> None: ...
 
 class Parameters(_message.Message):
     __slots__ = ("position", "unchanged", "tensors", "segment")

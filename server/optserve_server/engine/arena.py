@@ -79,6 +79,12 @@ def copy(arena: Arena) -> Arena:
     return {compute: array.copy() for compute, array in arena.items()}
 
 
+def assign(target: Arena, source: Arena) -> None:
+    """Let an arena have the values of another."""
+    for compute, array in target.items():
+        np.copyto(array, source[compute])
+
+
 def aligned(nbytes: int) -> NDArray[np.uint8]:
     """Zeroed bytes at a cache line's boundary, to be kept for long: on huge pages, and apart from the C allocator's heap,
     where the update loops were found to run at 0.8 of their speed."""

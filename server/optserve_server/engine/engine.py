@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from optserve._errors import (
     InvalidHyperparameter,
     InvalidTensor,
+    InvalidTransform,
     ParameterSetExists,
     ParameterSetNotFound,
     ServerBusy,
     SpecificationMismatch,
 )
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._transforms import REFUSE, ClipAdaptive
+from optserve_server.engine import clipping
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.pipeline import gathers, slot_layouts
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
@@ -57,7 +61,7 @@ class Engine:
                 f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
                 "pass exist_ok=True to attach to it"
             )
-        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy"):
+        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms"):
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
                 if name == "tensors":
@@ -67,18 +71,37 @@ class Engine:
                 )
         return present
 
-    def check_rule(self, spec: ParameterSetSpec) -> None:
-        """Raises InvalidHyperparameter for a rule that a set of moments only can't follow."""
-        if spec.holds is Holds.MOMENTS and rule_for(spec.optimizer).reads_parameters:
+    def check(self, spec: ParameterSetSpec) -> None:
+        """Raises InvalidHyperparameter or InvalidTransform for what a set can't do with what it holds or measures."""
+        rule, transforms = rule_for(spec.optimizer), spec.transforms
+        if spec.holds is Holds.MOMENTS and rule.reads_parameters:
             raise InvalidHyperparameter(
                 f"parameter set {spec.id!r}: expected an optimizer that only adds steps to parameters, in a set that does not "
                 f"hold them; {spec.optimizer.rule} reads them. Let the server hold the parameters, or choose another"
+            )
+        reads = transforms.average or transforms.lookahead or isinstance(transforms.clip, ClipAdaptive)
+        if spec.holds is Holds.MOMENTS and reads:
+            raise InvalidTransform(
+                f"parameter set {spec.id!r}: averages, lookahead and adaptive clipping read the parameters; expected a set "
+                "that holds them. Let the server hold the parameters, or leave these out"
+            )
+        if not spec.guard and (clipping.reads_norms(transforms.clip) or transforms.nonfinite != REFUSE):
+            raise InvalidTransform(
+                f"parameter set {spec.id!r}: clipping by norm and skipping what is not finite need the guard, which reads "
+                "gradients first; expected guard=True with them"
+            )
+        if transforms.average is not None and rule.evaluation:
+            raise InvalidTransform(
+                f"parameter set {spec.id!r}: {spec.optimizer.rule} keeps parameters to evaluate itself; expected no average "
+                "beside it"
             )
 
     def check_room(self, spec: ParameterSetSpec) -> None:
         """Raises InvalidTensor for a set that could never fit into this machine's memory."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        needed = Layout(spec.tensors).nbytes * (1 + len(rule_for(spec.optimizer).slots))
+        layout = Layout(spec.tensors)
+        arenas = [layout, *slot_layouts(spec, layout).values(), *([layout] if gathers(spec) else [])]
+        needed = sum(each.nbytes for each in arenas)
         if needed > memory:
             raise InvalidTensor(
                 f"parameter set {spec.id!r}: expected parameters and state to fit into {memory:,} bytes of memory; they "

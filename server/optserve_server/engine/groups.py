@@ -8,7 +8,7 @@ from typing import Any
 from optserve._errors import InvalidGroup, InvalidHyperparameter
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Group, Optimizer
-from optserve_server.engine.rules import Rule, rule_for
+from optserve_server.engine.rules import Rule, TensorRule, rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def change(groups: tuple[TensorGroup, ...], changes: Mapping[str, Mapping[str, A
     )
 
 
-def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule) -> Optimizer:
+def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule | TensorRule) -> Optimizer:
     """The optimizer with new values, all of them live; raises InvalidHyperparameter."""
     new = optimizer.replace(**values)
     for name, described, _ in optimizer.described():

@@ -52,23 +52,34 @@ _OF_PARAMETERS = """\
                 for i in range(last - first):
                     p[i] = old[i]
             for i in range(last - first):
-                {state} = rule(p[i] - shrink * p[i], scale * decode(gradient[i]) + l2 * p[i]{own}, h)
+                {state} = rule(p[i] - shrink * p[i], bounded(scale * decode(gradient[i]), bound) + l2 * p[i]{own}, h)
 """
 
 # The caller keeps the parameters: the arena receives what to add to them.
 _OF_MOMENTS = """\
             held = read_held(ranges[r, 5], ranges[r, 6] + first - start, last - first, held_buffer)
             for i in range(last - first):
-                {state} = rule(zero, scale * decode(gradient[i]) + l2 * decode_held(held[i]){own}, h)
+                {state} = rule(zero, bounded(scale * decode(gradient[i]), bound) + l2 * decode_held(held[i]){own}, h)
                 p[i] -= shrink * decode_held(held[i])
 """
 
 
+@njit(error_model="numpy")
+def _unchanged(x: Any, bound: Any) -> Any:
+    return x
+
+
+@njit(error_model="numpy")
+def _clipped(x: Any, bound: Any) -> Any:
+    return min(max(x, -bound), bound)
+
+
 @functools.cache
-def update_loop(rule: Rule, dtype: DType, held: DType | None = None) -> Loop:
+def update_loop(rule: Rule, dtype: DType, held: DType | None = None, *, clips: bool = False) -> Loop:
     """`update(ranges, scalars, before, parameters, *slots)`: one step of a rule on gradients of a dtype.
 
-    In a set that holds moments only, `held` is the dtype of the caller's parameters, and the arena receives updates.
+    In a set that holds moments only, `held` is the dtype of the caller's parameters, and the arena receives updates. With
+    `clips`, gradients are kept within `Preparation.bound`.
 
     `ranges` is int64 [n, UPDATE_COLUMNS]. A row of `scalars` holds the Preparation, then the rule's scalars, in the compute
     dtype. Slots are updated in place; so are parameters, except for ranges that start from those in `before`. All are arrays
@@ -93,6 +104,7 @@ def update_loop(rule: Rule, dtype: DType, held: DType | None = None) -> Loop:
     compute = dtype.compute.type
     namespace = {
         "BLOCK": BLOCK,
+        "bounded": _clipped if clips else _unchanged,
         "decode": decoder(dtype),
         "decode_held": decoder(held or dtype),
         "new_buffer": new_buffer,
@@ -159,27 +171,56 @@ def guard_loop(dtype: DType) -> Loop:
     return typing.cast(Loop, _compile(guard))
 
 
-MEAN_COLUMNS = 5
+BLEND_COLUMNS = 3
+
+
+@functools.cache
+def blend_loop() -> Loop:
+    """`blend(table, scalars, parameters, slot)`: move a slot towards the parameters.
+
+    A row of `table`, int64 [n, BLEND_COLUMNS], is the first element and the count in the arena, and a row of `scalars`, of the
+    arena's dtype: how far, from 0 to 1, and whether the parameters then become what the slot is.
+    """
+
+    def blend(table: Any, scalars: Any, parameters: Any, slot: Any) -> None:
+        for r in range(len(table)):
+            start, end = table[r, 0], table[r, 0] + table[r, 1]
+            weight, back = scalars[table[r, 2], 0], scalars[table[r, 2], 1]
+            p, s = parameters[start:end], slot[start:end]
+            if weight == 1:
+                for i in range(end - start):
+                    s[i] = p[i]
+            else:
+                for i in range(end - start):
+                    s[i] += weight * (p[i] - s[i])
+            if back != 0:
+                for i in range(end - start):
+                    p[i] = s[i]
+
+    return typing.cast(Loop, _compile(blend))
+
+
+MEAN_COLUMNS = 6
 
 
 @functools.cache
 def mean_loop(dtype: DType) -> Loop:
-    """`mean(table, weight, arena)`: add up gradients of several workers, each times a weight of the arena's dtype.
+    """`mean(table, weights, arena)`: add up gradients of several pushes, each times a weight of the arena's dtype.
 
     A row of `table`, int64 [n, MEAN_COLUMNS], is the first element and the count in the arena, address and skip of a
-    gradient, and whether it is the first there, which replaces what the arena has.
+    gradient, the place of its weight, and whether it is the first there, which replaces what the arena has.
     """
     decode, (read, new_buffer) = decoder(dtype), reader(dtype)
 
-    def mean(table: Any, weight: Any, arena: Any) -> None:
+    def mean(table: Any, weights: Any, arena: Any) -> None:
         buffer = new_buffer()
         for r in range(len(table)):
-            start, end = table[r, 0], table[r, 0] + table[r, 1]
+            start, end, weight = table[r, 0], table[r, 0] + table[r, 1], weights[table[r, 4]]
             for first in range(start, end, BLOCK):
                 count = min(BLOCK, end - first)
                 target = arena[first : first + count]
                 gradient = read(table[r, 2], table[r, 3] + first - start, count, buffer)
-                if table[r, 4]:
+                if table[r, 5]:
                     for i in range(count):
                         target[i] = weight * decode(gradient[i])
                 else:

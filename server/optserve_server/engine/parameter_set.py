@@ -3,37 +3,35 @@
 import datetime
 import threading
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from optserve._dtypes import DType, narrowed
-from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerBusy, ServerError, TensorMismatch
-from optserve._results import Description, GroupDescription, Position, Receipt, Summary
+from optserve._errors import InvalidArgument, InvalidTransform, ParameterSetNotFound, Refusal, ServerBusy, ServerError
+from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
-from optserve_server.engine import mean, snapshot, update
-from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
-from optserve_server.engine.buffers import Allocate, Buffers, Memory, private, published_offsets
+from optserve._transforms import SkipNonFinite
+from optserve_server.engine import snapshot, update
+from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
+from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, change, resolve
-from optserve_server.engine.loops import decode_loop, encode_loop, guard_loop
-from optserve_server.engine.mean import Mean
+from optserve_server.engine.loops import decode_loop, encode_loop
+from optserve_server.engine.pipeline import Pipeline, Progress
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds, merged_changes
-from optserve_server.engine.rules import Memory as RuleMemory
-from optserve_server.engine.rules import rule_for
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Planner, Read, Update
+from optserve_server.engine.update import Arenas, Update
 
-PARAMETERS = "parameters"  # name of that arena beside those of the slots
+PARAMETERS, GRADIENT = "parameters", "gradient"  # names of these arenas beside those of the slots
 
 
 @dataclass(slots=True)
@@ -42,10 +40,8 @@ class Draft:
 
     groups: tuple[TensorGroup, ...]
     position: Position
-    steps: NDArray[np.int64]
-    memory: list[RuleMemory]
+    progress: Progress
     updates: list[Update] = field(default_factory=list)
-    means: list[mean.Part] = field(default_factory=list)
     updated: set[int] = field(default_factory=set)
 
     def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
@@ -53,10 +49,19 @@ class Draft:
         self.groups = groups
         self.position = self.position.next()
         self.updates.append(planned)
+        self.progress.accumulated = self.progress.skipped = 0
         for index, memory in planned.memories.items():
-            self.steps[index] += 1
-            self.memory[index] = memory
+            self.progress.steps[index] += 1
+            self.progress.memory[index] = memory
             self.updated.add(index)
+
+    def accumulate(self, groups: tuple[TensorGroup, ...], planned: Update, tensors: Iterable[int]) -> None:
+        """Add pushes to those that will make an update together."""
+        self.groups = groups
+        self.updates.append(planned)
+        self.progress.accumulated += 1
+        self.progress.accumulating = tuple(tensors)
+        self.progress.skipped = 0
 
 
 class ParameterSet:
@@ -68,7 +73,6 @@ class ParameterSet:
         self.spec = spec
         self.layout = Layout(spec.tensors)
         self.indices = {tensor.name: index for index, tensor in enumerate(spec.tensors)}
-        self.rule = rule_for(spec.optimizer)
         self.create_time = datetime.datetime.now(datetime.UTC)
         self._groups = resolve(spec)
         self._position = Position(incarnation, 0)
@@ -79,20 +83,17 @@ class ParameterSet:
         self._deleted = False
         self._broken = False
         self._commits: deque[Commit] = deque()
-        self._rounds = Rounds(spec.policy)
-        self._copies: WeakValueDictionary[DType | None, Snapshot] = WeakValueDictionary()  # of the current version
+        self._rounds = Rounds(spec.policy, spec.transforms)
+        self._copies: WeakValueDictionary[tuple[DType | None, str], Snapshot] = WeakValueDictionary()  # of this version
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._present = tuple(range(len(spec.tensors))) if spec.holds is Holds.PARAMETERS else ()
-        initial = self.rule.initial(spec.optimizer)
-        self._slots = {slot: self.layout.allocate(initial.get(slot, 0.0)) for slot in self.rule.slots}
-        self._steps = np.zeros(len(spec.tensors), np.int64)
-        self._memory: list[RuleMemory] = [tuple(self.rule.memory.values())] * len(spec.tensors)
-        self._planner = Planner(self.rule, self.layout, moments_only=spec.holds is Holds.MOMENTS)
-        self._mean = Mean(spec.tensors, self.layout) if self._rounds.workers > 1 else None
-        self._compiled: set[Read] = set()
+        self._pipeline = Pipeline(spec, self.layout)
+        self._slots = self._pipeline.allocate()
+        self._progress = self._pipeline.begin()
         for dtype in {tensor.dtype for tensor in spec.tensors}:
-            self._compile((dtype, dtype if spec.holds is Holds.MOMENTS else None))
+            read = dtype, dtype if spec.holds is Holds.MOMENTS else None
+            self._pipeline.compile_for(read, self._groups[0], self._memory(self._buffers.current))
             encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
 
     @property
@@ -154,6 +155,8 @@ class ParameterSet:
             if table:
                 rows = np.array(table, np.int64)
                 self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, self._buffers.current.arena[compute])
+        for name in self._pipeline.copies:
+            assign(self._slots[name], self._buffers.current.arena)
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
@@ -176,11 +179,21 @@ class ParameterSet:
         *,
         base: Position | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_scale: float = 1.0,
     ) -> Push:
         """A push of this set, to be filled, finished and given to `push`."""
-        push = Push(self.spec, self.indices, self._threads, sequence, declared, base=base, changes=changes)
-        for read in self._reads(push) - self._compiled:  # what gradients travel as is not known before
-            self._compile(read)
+        push = Push(
+            self.spec,
+            self.indices,
+            self._threads,
+            sequence,
+            declared,
+            base=base,
+            changes=changes,
+            loss_scale=loss_scale,
+        )
+        # What gradients travel as is not known before. Nor should others wait for a compiler.
+        self._pipeline.compile(push, self._groups[0], self._memory(self._buffers.current))
         return push
 
     def push(
@@ -188,11 +201,11 @@ class ParameterSet:
     ) -> tuple[Receipt, Snapshot | None]:
         """Apply a finished push, or refuse it; either consumes its sequence and is its receipt for ever.
 
-        With `pull`, also the tensors after it, pinned, if they can be (of a push that came again: the current ones; of a
-        refused one: None). If it is applied, `held`, which the worker has read until now, is released before. Pushes that
-        wait here at the same time are applied in one pass, in the order in which they came; those of a synchronous round wait
-        for each other. Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy (RoundIncomplete is one),
-        ServerDraining or ParameterSetNotFound, which consume nothing.
+        With `pull`, also the tensors after it, pinned, if they can be (of a push that came again, or made no update: None, but
+        no tensors in a set that holds moments only). If it is applied, `held`, which the worker has read until now, is
+        released before. Pushes that wait here at the same time are applied in one pass, in the order in which they came; those
+        of a synchronous round wait for each other. Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy
+        (RoundIncomplete is one), ServerDraining or ParameterSetNotFound, which consume nothing.
         """
         commit = Commit(session, stream, push, pull, held)
         self._commits.append(commit)
@@ -212,15 +225,25 @@ class ParameterSet:
         assert commit.receipt is not None
         return commit.receipt, commit.snapshot
 
-    def snapshot(self, *, pinned: bool = True, dtype: DType | None = None) -> Snapshot | None:
-        """The tensors of the current version: parameters, or the updates of the last push.
+    def snapshot(self, *, pinned: bool = True, dtype: DType | None = None, evaluation: bool = False) -> Snapshot | None:
+        """The tensors of the current version: parameters, or the updates of the last push; or the parameters to evaluate.
 
         If `pinned`, they are the set's own memory, to be released; None if too many versions are being read. Otherwise they
         are a copy, which all who ask for it share, in elements of a smaller dtype if one is given.
         """
         with self._lock:
             self._check_alive()
+            if evaluation:
+                return self._copy(dtype, self._pipeline.evaluation)
             return self._pin() if pinned and dtype is None else self._copy(dtype)
+
+    def check_evaluation(self) -> None:
+        """Raises InvalidTransform if there are no parameters to evaluate but those to train."""
+        if not self._pipeline.evaluation:
+            raise InvalidTransform(
+                f"set {self.spec.id!r} keeps no parameters to evaluate beside those to train: expected an average, such as "
+                "Transforms(average=EMA(0.999)), or a rule with some, such as ScheduleFreeAdamW"
+            )
 
     def release(self, snapshot: Snapshot) -> None:
         """Say that a snapshot is not read any more; again does nothing."""
@@ -244,14 +267,14 @@ class ParameterSet:
             buffer.encoded = True
         return Snapshot(self._position, self._present, dtypes, buffer.data, buffer)
 
-    def _copy(self, dtype: DType | None) -> Snapshot:
-        copied = self._copies.get(dtype)
+    def _copy(self, dtype: DType | None, slot: str = "") -> Snapshot:
+        copied = self._copies.get((dtype, slot))
         if copied is None:
-            tensors, arena = self.spec.tensors, self._buffers.current.arena
+            tensors, arena = self.spec.tensors, self._slots[slot] if slot else self._buffers.current.arena
             dtypes = [narrowed(tensor.dtype, dtype) for tensor in tensors]
             data = snapshot.room(tensors, dtypes)
             snapshot.encode(tensors, self._present, self.layout, arena, data, dtypes, self._threads)
-            copied = self._copies[dtype] = Snapshot(self._position, self._present, dtypes, data)
+            copied = self._copies[dtype, slot] = Snapshot(self._position, self._present, dtypes, data)
         return copied
 
     def capture(self) -> State:
@@ -264,21 +287,18 @@ class ParameterSet:
                 create_time=self.create_time,
                 optimizers={group.name: group.optimizer for group in self._groups},
                 arenas={name: copy(arena) for name, arena in self._arenas().items()},
-                steps=self._steps.copy(),
-                memory=list(self._memory),
+                progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
             )
 
     def restore(self, state: State) -> None:
         """Become what was captured, in this set's own incarnation, before it is published."""
         for name, arena in self._arenas().items():
-            for compute, array in arena.items():
-                np.copyto(array, state.arenas[name][compute])
+            assign(arena, state.arenas[name])
         self.create_time = state.create_time
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
         self._position = replace(state.position, incarnation=self._position.incarnation)
-        self._steps = state.steps.copy()
-        self._memory = list(state.memory)
+        self._progress = state.progress.copy()
         self._sessions.restore(state.sessions)
         self.made_durable(state.position.version)
 
@@ -308,7 +328,7 @@ class ParameterSet:
 
     @property
     def _state_bytes(self) -> int:
-        return self.layout.nbytes * len(self._arenas())
+        return sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
 
     @property
     def _element_count(self) -> int:
@@ -316,7 +336,15 @@ class ParameterSet:
 
     def _arenas(self) -> dict[str, Arena]:
         """What outlives a restart."""
-        return ({PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}) | self._slots
+        parameters = {PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}
+        mean = self._pipeline.mean
+        gradient = {GRADIENT: mean.arena} if mean is not None and self.spec.transforms.accumulate > 1 else {}
+        return parameters | gradient | self._slots
+
+    def _memory(self, after: Buffer) -> Arenas:
+        """What an update acts on that writes a buffer."""
+        mean = self._pipeline.mean
+        return Arenas(self._buffers.current.arena, after.arena, self._slots, mean.arena if mean is not None else {})
 
     def _check_alive(self) -> None:
         if self._deleted:
@@ -331,13 +359,13 @@ class ParameterSet:
 
     def _next_commits(self) -> list[Commit]:
         """Those that wait; or one, if they can't share a pass: updates that a set of moments returns must be read before
-        the next, and there is memory for the mean of one round."""
-        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS and self._mean is None else 1
+        the next, and there is memory for one mean."""
+        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS and self._pipeline.mean is None else 1
         return [self._commits.popleft() for _ in range(most)]
 
     def _apply(self, commits: Sequence[Commit]) -> None:
         """Decide on commits in their order, run all of their updates in one pass, and take their snapshots."""
-        draft = Draft(self._groups, self._position, self._steps.copy(), list(self._memory))
+        draft = Draft(self._groups, self._position, self._progress.copy())
         decided: list[tuple[Commit, Receipt]] = []
         for commit in commits:
             together = [commit]
@@ -353,7 +381,7 @@ class ParameterSet:
                 for each in together:
                     each.fail(error)
         try:
-            if draft.updates:
+            if draft.updates or draft.progress.skipped != self._progress.skipped:
                 self._run(draft, [commit.held for commit, receipt in decided if receipt.applied and commit.held])
         except Exception as error:
             for commit, _ in decided:
@@ -364,101 +392,80 @@ class ParameterSet:
             self._sessions.touch(commit.session)
             commit.receipt = receipt
         for commit in {*commits, *(commit for commit, _ in decided)}:
-            if commit.pull and commit.receipt is not None and commit.receipt.applied:
-                commit.snapshot = self._pin() or (self._copy(None) if self.spec.holds is Holds.MOMENTS else None)
+            if commit.pull and commit.receipt is not None:
+                commit.snapshot = self._after(commit.receipt)
+
+    def _after(self, receipt: Receipt) -> Snapshot | None:
+        """What is pulled with a push."""
+        moments_only = self.spec.holds is Holds.MOMENTS
+        if receipt.applied:
+            return self._pin() or (self._copy(None) if moments_only else None)
+        return Snapshot(self._position, (), (), ()) if moments_only else None
 
     def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
         """Receipts of pushes that come together after those in the draft; if they are applied, the draft goes on with them."""
         if not pushes:
             return []
         stalenesses = [_staleness(push.base, draft.position) for push in pushes]
-        refusal = pushes[0].refusal or self._advance(draft, pushes)
+        outcome, refusal = self._advance(draft, pushes)
         return [
             Receipt(
                 sequence=push.sequence,
                 position=draft.position,
-                applied=refusal is None,
+                outcome=outcome,
                 staleness=staleness,
                 gradient_norm=push.gradient_norm,
-                learning_rates={} if refusal else {group.name: group.optimizer.lr for group in draft.groups},
+                learning_rates=(
+                    {group.name: group.optimizer.lr for group in draft.groups} if outcome is Outcome.APPLIED else {}
+                ),
                 refusal=refusal,
             )
             for push, staleness in zip(pushes, stalenesses, strict=True)
         ]
 
-    def _advance(self, draft: Draft, pushes: Sequence[Push]) -> Refusal | None:
-        """Let the draft go on with the mean of pushes, unless there is something wrong with that."""
-        gradients: mean.Gradients = pushes[0].gradients
-        parameters, means = pushes[0].parameters, list[mean.Part]()
-        if self._mean is not None and len(pushes) > 1:
-            gradients, means = self._mean.plan([push.gradients for push in pushes])
+    def _advance(self, draft: Draft, pushes: Sequence[Push]) -> tuple[Outcome, Refusal | None]:
+        """Let the draft go on with pushes that belong together, unless there is something wrong with that."""
+        for push in pushes:
+            if push.refusal is not None:
+                return self._pass_over(draft, push), push.refusal
         try:
             groups = change(draft.groups, merged_changes(pushes))
-            self._check_parameters(gradients, parameters, groups)
-            planned = self._planner.plan(groups, gradients, parameters, draft.steps, draft.memory, draft.updated)
+            planned = self._pipeline.plan(groups, draft.progress, pushes, draft.updated)
         except InvalidArgument as error:
-            return Refusal.of(error)
+            return Outcome.REFUSED, Refusal.of(error)
+        if not planned.memories:
+            draft.accumulate(groups, planned, pushes[0].gradients)
+            return Outcome.ACCUMULATED, None
         draft.advance(groups, planned)
-        draft.means += means
-        return None
+        return Outcome.APPLIED, None
+
+    def _pass_over(self, draft: Draft, push: Push) -> Outcome:
+        """What becomes of a push that can't be applied."""
+        nonfinite = self.spec.transforms.nonfinite
+        if not push.skippable or not isinstance(nonfinite, SkipNonFinite):
+            return Outcome.REFUSED
+        if nonfinite.at_most is not None and draft.progress.skipped >= nonfinite.at_most:
+            return Outcome.REFUSED
+        draft.progress.skipped += 1
+        return Outcome.SKIPPED
 
     def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
         """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
         for each in held:
             self.release(each)
         try:
-            before, after = self._buffers.current, self._buffers.writable()
+            after = self._buffers.writable() if draft.updated else self._buffers.current
         except (MemoryError, OSError):
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
         self._broken = True
-        mean.run(draft.means, self._threads)
-        update.run(draft.updates, before.arena, after.arena, list(self._slots.values()), self._threads)
-        self._buffers.publish(after, draft.updated, draft.position.version)
-        self._groups, self._position, self._steps, self._memory = (
-            draft.groups,
-            draft.position,
-            draft.steps,
-            draft.memory,
-        )
-        self._copies.clear()
-        if self.spec.holds is Holds.MOMENTS:
-            self._present = tuple(sorted(draft.updated))
+        update.run(draft.updates, self._memory(after), self._threads)
+        if draft.updated:
+            self._buffers.publish(after, draft.updated, draft.position.version)
+            self._copies.clear()
+            if self.spec.holds is Holds.MOMENTS:
+                self._present = tuple(sorted(draft.updated))
+        self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._broken = False
-
-    def _reads(self, push: Push) -> set[Read]:
-        """What the loops will have to read that apply a push."""
-        if push.refusal is not None:
-            return set()
-        parameters = push.parameters
-        return {self._planner.read(each, parameters.get(index)) for index, each in push.gradients.items()}
-
-    def _compile(self, read: Read) -> None:
-        """Compile the loops that a push needs now, by running them on nothing, rather than under the lock."""
-        arena, slots = self._buffers.current.arena, list(self._slots.values())
-        for dtype in filter(None, read):
-            guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
-        self._planner.compile(read, self._groups[0], arena, slots)
-        if self._mean is not None:
-            self._mean.compile(read[0])
-            self._planner.compile((mean.dtype_of(read[0]), read[1]), self._groups[0], arena, slots)
-        self._compiled.add(read)
-
-    def _check_parameters(
-        self, gradients: Container[int], parameters: Container[int], groups: tuple[TensorGroup, ...]
-    ) -> None:
-        """In a set that holds moments only, weight decay needs the caller's parameters."""
-        if self.spec.holds is Holds.PARAMETERS:
-            return
-        for group in groups:
-            if group.optimizer.hyperparameters.get("weight_decay", 0.0) == 0.0:
-                continue
-            for index in group.members:
-                if index in gradients and index not in parameters:
-                    raise TensorMismatch(
-                        f"set {self.spec.id!r} holds moments only and weight decay reads the parameters: expected those of "
-                        f"{self.spec.tensors[index].name!r} beside its gradient; got none. Push parameters=..., or set "
-                        "weight_decay=0"
-                    )
 
 
 def _staleness(base: Position | None, now: Position) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32
-from optserve._errors import InvalidArgument, InvalidChunk, Refusal, TensorMismatch
+from optserve._errors import InvalidArgument, InvalidChunk, InvalidTransform, NonFiniteValue, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
 from optserve.formats import BFloat16, Float16, Format, Int8
@@ -51,10 +51,12 @@ class Push:
         *,
         base: Position | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
         self.sequence = sequence
         self.base = base
         self.changes = changes or {}
+        self.loss_scale = loss_scale
         self.refusal: Refusal | None = None
         self.digest = b""
         self.gradient_norm = 0.0
@@ -63,6 +65,7 @@ class Push:
         self._gradients: dict[int, int] = {}  # index in the set to index in the push
         self._parameters: dict[int, int] = {}
         try:
+            self._check_loss_scale()
             self._resolve(declared)
         except InvalidArgument as error:
             self.refuse(error)
@@ -81,6 +84,16 @@ class Push:
     def gradients(self) -> dict[int, StagedTensor]:
         """Staged gradients by the tensor's index in the set, in the set's order."""
         return {index: self._staging.tensors[k] for index, k in sorted(self._gradients.items())}
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """Euclidean norm of each gradient, by the tensor's index in the set, after `finish`; 0 if there is no guard."""
+        return {index: self._staging.norm(k) for index, k in sorted(self._gradients.items())}
+
+    @property
+    def skippable(self) -> bool:
+        """Whether nothing is wrong with it but values that are not finite."""
+        return self.refusal is not None and self.refusal.reason == NonFiniteValue.reason()
 
     @property
     def parameters(self) -> dict[int, StagedTensor]:
@@ -129,13 +142,17 @@ class Push:
                 if not self._spec.guard:
                     self.gradient_norm = math.nan
                     return
-                self.digest = self._staging.digest(str(sorted(self.changes.items())))
-                self.gradient_norm = self._staging.norm(k for _, k in sorted(self._gradients.items()))
+                self.digest = self._staging.digest(f"{sorted(self.changes.items())} {self.loss_scale}")
+                self.gradient_norm = math.hypot(*self.norms.values()) / self.loss_scale
 
     def refuse(self, error: InvalidArgument) -> None:
         """Never apply it."""
         self.refusal = Refusal.of(error)
         self._staging = Staging((), Threads(1))  # let go of what was received
+
+    def _check_loss_scale(self) -> None:
+        if not 0 < self.loss_scale < math.inf:
+            raise InvalidTransform(f"expected a finite loss scale above 0; got {self.loss_scale}")
 
     def _resolve(self, declared: Sequence[Declared]) -> None:
         spec = self._spec

@@ -15,6 +15,7 @@ from optserve._errors import (
     TensorMismatch,
 )
 from optserve._policies import Policy, Sync
+from optserve._transforms import SkipNonFinite, Transforms
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.push import Push
 
@@ -24,7 +25,8 @@ Changes = dict[str, dict[str, Any]]
 class Rounds:
     """The round that is being gathered. Every method is called under the set's lock; who waits is woken by the caller."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, transforms: Transforms) -> None:
+        self._skips = isinstance(transforms.nonfinite, SkipNonFinite)
         self.workers = policy.workers if isinstance(policy, Sync) else 1
         self._seconds = policy.deadline if isinstance(policy, Sync) else math.inf
         self._waiting: dict[str, Commit] = {}  # by client
@@ -43,7 +45,8 @@ class Rounds:
         """
         if self.workers > 1:
             self._check(commit.push)
-        if self.workers == 1 or commit.push.refusal is not None:
+        skipped = self._skips and commit.push.skippable  # which skips the whole round
+        if self.workers == 1 or (commit.push.refusal is not None and not skipped):
             return [commit]
         if self._draining:
             raise ServerDraining("the server is draining; try again once it is back")
@@ -89,7 +92,7 @@ class Rounds:
 
     def _check(self, push: Push) -> None:
         """Refuse a push that can't be averaged with those that wait."""
-        others = [commit.push for commit in self._waiting.values()]
+        others = [commit.push for commit in self._waiting.values() if commit.push.refusal is None]
         if push.refusal is None and others:
             try:
                 if push.gradients.keys() != others[0].gradients.keys():

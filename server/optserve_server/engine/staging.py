@@ -202,9 +202,9 @@ class Staging:
             for tensor in self.tensors:
                 self._check_finite(tensor)
 
-    def norm(self, tensors: Iterable[int]) -> float:
-        """Euclidean norm of some of the tensors together, after `finish`; block sums are added in order."""
-        return math.sqrt(sum(float(self._sums[self._blocks(self.tensors[index])].sum()) for index in tensors))
+    def norm(self, tensor: int) -> float:
+        """Euclidean norm of one of the tensors, after `finish`; block sums are added in order."""
+        return math.sqrt(float(self._sums[self._blocks(self.tensors[tensor])].sum()))
 
     def digest(self, more: str = "") -> bytes:
         """8 bytes that tell this transfer's content, and `more`, from another's, after `finish`; whatever the chunks."""

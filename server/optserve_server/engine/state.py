@@ -3,14 +3,11 @@
 import datetime
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from optserve._results import Position
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Optimizer
 from optserve_server.engine.arena import Arena
-from optserve_server.engine.rules import Memory
+from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Session
 
 
@@ -19,8 +16,7 @@ class State:
     """A set at a position.
 
     `optimizers` holds the hyperparameters in force by group; `arenas` the parameters (absent in a set that holds moments
-    only) and the slots by name; `steps`, int64 [tensors], the updates that each tensor has had; `memory` the rule's values
-    for each tensor; `sessions` who has pushed what.
+    only), the slots by name and the mean that pushes accumulate in; `sessions` who has pushed what.
     """
 
     spec: ParameterSetSpec
@@ -28,6 +24,5 @@ class State:
     create_time: datetime.datetime
     optimizers: dict[str, Optimizer]
     arenas: dict[str, Arena]
-    steps: NDArray[np.int64]
-    memory: list[Memory]
+    progress: Progress
     sessions: list[Session]

@@ -1,7 +1,8 @@
-"""Updates: the loops that advance the pushed tensors, planned before anything changes and run in one pass."""
+"""Updates: the work that advances the pushed tensors, planned before anything changes and run in one pass."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,37 +22,66 @@ START_FROM_BEFORE = 7
 
 _LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOAT32, FLOAT64)}
 
+# Dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments.
+Read = tuple[DType, DType | None]
 
-Read = tuple[
-    DType, DType | None
-]  # dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments
+Factors = Mapping[int, float]  # what gradients are multiplied by, by the tensor's index
+
+
+class Arenas(NamedTuple):
+    """The memory that work acts on: parameters of the version before and of the one after, slots, and a gathered gradient."""
+
+    before: Arena
+    after: Arena
+    slots: Mapping[str, Arena]
+    gradient: Arena
+
+
+class Work(Protocol):
+    """A part of an update."""
+
+    def run(self, arenas: Arenas, threads: Threads) -> None:
+        """Do it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class LoopWork:
     """One loop over one table of ranges, on gradients of one dtype (and parameters of one), into arenas of one."""
 
     loop: Loop
     compute: ComputeType
+    slots: Sequence[str]
     table: Table
     scalars: NDArray[np.floating]
+
+    def run(self, arenas: Arenas, threads: Threads) -> None:
+        threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas))
+
+    def arrays(self, arenas: Arenas) -> Iterable[NDArray[np.floating]]:
+        """What the loop reads and writes."""
+        chosen = (arenas.before, arenas.after, *(arenas.slots[name] for name in self.slots))
+        return (arena[self.compute] for arena in chosen)
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """All the work of an update, and the memory that each updated tensor has after it."""
+    """All the work of an update, in order, and the memory that each updated tensor has after it."""
 
-    work: list[Work]
-    memories: dict[int, Memory]
+    work: Sequence[Work]
+    memories: Mapping[int, Memory]
 
 
 class Planner:
-    """Plans updates of one set: it knows the rule and the layout."""
+    """Plans updates of one set by a rule for single elements: it knows the rule and the layout.
 
-    def __init__(self, rule: Rule, layout: Layout, *, moments_only: bool) -> None:
+    `bound` is of gradients that are clipped by value, 0 if they are not.
+    """
+
+    def __init__(self, rule: Rule, layout: Layout, *, moments_only: bool, bound: float = 0.0) -> None:
         self._rule = rule
         self._layout = layout
         self._moments_only = moments_only
+        self._bound = bound
 
     def plan(
         self,
@@ -60,14 +90,15 @@ class Planner:
         parameters: Mapping[int, StagedTensor],
         steps: NDArray[np.int64],
         memory: Sequence[Memory],
+        factors: Factors,
         updated: Collection[int] = (),
     ) -> Update:
-        """The update that these gradients make, by the tensor's index in the set; changes nothing.
+        """The update that these gradients make, each times its factor, by the tensor's index in the set; changes nothing.
 
         Tensors that are not among those `updated` before in the same run start from the version before. Raises
         InvalidHyperparameter for values that overflow the type that the update is computed in.
         """
-        rows: dict[tuple[int, int, Memory], int] = {}
+        rows: dict[tuple[int, int, Memory, float], int] = {}
         scalars: list[tuple[float, ...]] = []
         memories: dict[int, Memory] = {}
         ranges: dict[Read, list[list[int]]] = {}
@@ -77,10 +108,10 @@ class Planner:
                     continue
                 t = int(steps[index]) + 1
                 memories[index] = self._rule.remember(group.optimizer, t, memory[index])
-                row = rows.setdefault((number, t, memories[index]), len(rows))
+                row = rows.setdefault((number, t, memories[index], factors[index]), len(rows))
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
-                    scalars.append((*preparation(group.optimizer), *own))
+                    scalars.append((*preparation(group.optimizer, factors[index], self._bound), *own))
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
                 start, carry = self._layout.places[index].start, int(index not in updated)
@@ -91,39 +122,47 @@ class Planner:
         """What the loop reads that updates a tensor."""
         return gradient.spec.dtype, (parameter or gradient).spec.dtype if self._moments_only else None
 
-    def compile(self, read: Read, group: TensorGroup, arena: Arena, slots: Sequence[Arena]) -> None:
+    def compile(self, read: Read, group: TensorGroup, arenas: Arenas, threads: Threads) -> None:
         """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
-        scalars = [(*preparation(group.optimizer), *self._rule.scalars(group.optimizer, 1, memory))]
-        work = self._work(read, [], scalars)
-        compute = work.compute
-        work.loop(work.table, work.scalars, arena[compute], arena[compute], *(slot[compute] for slot in slots))
+        own = self._rule.scalars(group.optimizer, 1, memory)
+        self._work(read, [], [(*preparation(group.optimizer, 1.0, self._bound), *own)]).run(arenas, threads)
 
-    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
+    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> LoopWork:
         compute = read[0].compute
-        largest = _LARGEST[compute]
         for row in scalars:
-            if not all(-largest <= value <= largest for value in row):
-                raise InvalidHyperparameter(
-                    f"expected hyperparameters whose update can be computed in {compute.name}; some overflow: {row}"
-                )
+            check_computable(row, compute)
         table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
-        return Work(update_loop(self._rule, *read), compute, table, np.array(scalars, compute))
+        loop = update_loop(self._rule, *read, clips=self._bound > 0)
+        return LoopWork(loop, compute, self._rule.slots, table, np.array(scalars, compute))
 
 
-def run(updates: Iterable[Update], before: Arena, after: Arena, slots: Sequence[Arena], threads: Threads) -> None:
-    """Run updates as if one after the other, in one pass over memory, from one version's parameters to another's."""
+def check_computable(values: Iterable[float], compute: ComputeType) -> None:
+    """Raises InvalidHyperparameter for values that overflow the type that an update is computed in."""
+    values, largest = tuple(values), _LARGEST[compute]
+    if not all(-largest <= value <= largest for value in values):
+        raise InvalidHyperparameter(
+            f"expected hyperparameters whose update can be computed in {compute.name}; some overflow: {values}"
+        )
+
+
+def run(updates: Iterable[Update], arenas: Arenas, threads: Threads) -> None:
+    """Run updates as if one after the other, from one version's parameters to another's; what can share a pass over memory
+    does."""
     for works in _passes(updates):
-        if before is after:
-            for work in works:
+        first = works[0]
+        if not isinstance(first, LoopWork):
+            first.run(arenas, threads)
+            continue
+        loops = [work for work in works if isinstance(work, LoopWork)]
+        if arenas.before is arenas.after:
+            for work in loops:
                 work.table[:, START_FROM_BEFORE] = 0
-        loop, compute = works[0].loop, works[0].compute
-        arenas = (arena[compute] for arena in (before, after, *slots))
-        if len(works) == 1:
-            threads.run(loop, works[0].table, SKIPS, works[0].scalars, *arenas)
+        if len(loops) == 1:
+            first.run(arenas, threads)
         else:
-            table, scalars = _joined(works)
-            threads.run_in_order(loop, table, SKIPS, scalars, *arenas)
+            table, scalars = _joined(loops)
+            threads.run_in_order(first.loop, table, SKIPS, scalars, *first.arrays(arenas))
 
 
 def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
@@ -132,15 +171,19 @@ def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
     last: dict[ComputeType, list[Work]] = {}
     for update in updates:
         for work in update.work:
-            compute = work.compute
-            if compute not in last or last[compute][0].loop is not work.loop:
-                last[compute] = []
-                passes.append(last[compute])
-            last[compute].append(work)
+            if not isinstance(work, LoopWork):
+                last.clear()
+                passes.append([work])
+                continue
+            together = last.get(work.compute)
+            if together is None or not isinstance(together[0], LoopWork) or together[0].loop is not work.loop:
+                together = last[work.compute] = []
+                passes.append(together)
+            together.append(work)
     return passes
 
 
-def _joined(works: Sequence[Work]) -> tuple[Table, NDArray[np.floating]]:
+def _joined(works: Sequence[LoopWork]) -> tuple[Table, NDArray[np.floating]]:
     tables, rows = [], 0
     for work in works:
         table = work.table.copy()

@@ -21,6 +21,7 @@ from optserve._results import Position
 from optserve.optim import Optimizer
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2
 from optserve_server.engine.arena import Arena
+from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Session
 from optserve_server.engine.state import State
 
@@ -39,8 +40,7 @@ def to_json(state: State) -> str:
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
-            "steps": state.steps.tolist(),
-            "memory": state.memory,
+            "progress": _from_progress(state.progress),
             "sessions": [_from_session(session) for session in state.sessions],
         }
     )
@@ -57,14 +57,35 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         arenas=arenas,
-        steps=np.array(record["steps"], np.int64),
-        memory=[tuple(values) for values in record["memory"]],
+        progress=_to_progress(record["progress"]),
         sessions=[_to_session(each) for each in record["sessions"]],
     )
 
 
 def _to_optimizer(record: Any) -> Optimizer:
     return decode_optimizer(json_format.ParseDict(record, optimizer_pb2.Optimizer()))
+
+
+def _from_progress(progress: Progress) -> dict[str, Any]:
+    return {
+        "steps": progress.steps.tolist(),
+        "memory": progress.memory,
+        "group_memory": {name: values.tolist() for name, values in progress.group_memory.items()},
+        "accumulated": progress.accumulated,
+        "accumulating": progress.accumulating,
+        "skipped": progress.skipped,
+    }
+
+
+def _to_progress(record: Any) -> Progress:
+    return Progress(
+        steps=np.array(record["steps"], np.int64),
+        memory=[tuple(values) for values in record["memory"]],
+        group_memory={name: np.array(values) for name, values in record["group_memory"].items()},
+        accumulated=record["accumulated"],
+        accumulating=tuple(record["accumulating"]),
+        skipped=record["skipped"],
+    )
 
 
 def _from_session(session: Session) -> dict[str, Any]:

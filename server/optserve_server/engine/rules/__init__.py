@@ -11,18 +11,18 @@ because 1 - beta is small and its rounding only touches the increment.
 
 from optserve.optim import Optimizer
 from optserve_server.engine.rules import adam, adaptive, momentum
-from optserve_server.engine.rules.rule import Memory, Preparation, Rule, preparation
+from optserve_server.engine.rules.rule import Memory, Preparation, Rule, Tensor, TensorRule, preparation
 
-__all__ = ["RULES", "Memory", "Preparation", "Rule", "preparation", "rule_for"]
+__all__ = ["RULES", "Memory", "Preparation", "Rule", "Tensor", "TensorRule", "preparation", "rule_for"]
 
 # By optimizer: its rule, or a function from its flags to one of several. A subclass has its parent's.
 RULES = momentum.RULES | adaptive.RULES | adam.RULES
 
 
-def rule_for(optimizer: Optimizer) -> Rule:
+def rule_for(optimizer: Optimizer) -> Rule | TensorRule:
     """The rule that an optimizer's flags choose; every optimizer of the catalogue has one."""
     for kind in type(optimizer).__mro__:
         if kind in RULES:
             rule = RULES[kind]
-            return rule if isinstance(rule, Rule) else rule(optimizer)
+            return rule if isinstance(rule, Rule | TensorRule) else rule(optimizer)
     raise TypeError(f"no rule for {type(optimizer).__name__}")

@@ -153,6 +153,8 @@ RULES: Rules = {
         ("ax",),
         memory={"eta": 0.0, "mu": 0.0, "next_eta": 0.0, "next_mu": 0.0},
         remember=averaged_descent_memory,
+        copies=("ax",),
+        evaluation="ax",
         reads_parameters=True,
     ),
     optim.SignSGD: Rule(sign_descent, gradient_descent_scalars),

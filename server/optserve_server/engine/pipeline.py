@@ -1,0 +1,223 @@
+"""The pipeline of a set: what becomes of pushes, from their gradients to parameters, planned before anything changes.
+
+mean over workers and pushes (`mean`), clipping (`clipping`), the rule (`update` or `whole`), averages (`averages`)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._errors import TensorMismatch
+from optserve._policies import Sync
+from optserve._specification import Holds, ParameterSetSpec
+from optserve._transforms import ClipAdaptive
+from optserve_server.engine import averages, clipping
+from optserve_server.engine.arena import Arena, Layout
+from optserve_server.engine.clipping import Clipping
+from optserve_server.engine.groups import TensorGroup
+from optserve_server.engine.loops import guard_loop
+from optserve_server.engine.mean import Gradients, Mean, dtype_of
+from optserve_server.engine.push import Push
+from optserve_server.engine.rules import Memory, TensorRule, rule_for
+from optserve_server.engine.threads import Threads
+from optserve_server.engine.update import Arenas, Factors, Planner, Read, Update, Work
+from optserve_server.engine.whole import WholePlanner
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a set has come, beside its arenas.
+
+    `steps`, int64 [tensors], are the updates that each tensor has had, `memory` the rule's values for each, `group_memory`
+    its values for each group, float64; `accumulated` says how many pushes wait in the mean for more, and `accumulating`
+    which tensors they have; `skipped` counts those that were not finite since the last that was.
+    """
+
+    steps: NDArray[np.int64]
+    memory: list[Memory]
+    group_memory: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    accumulated: int = 0
+    accumulating: tuple[int, ...] = ()
+    skipped: int = 0
+
+    def copy(self) -> "Progress":
+        """The same in memory of its own."""
+        return replace(
+            self,
+            steps=self.steps.copy(),
+            memory=list(self.memory),
+            group_memory={name: values.copy() for name, values in self.group_memory.items()},
+        )
+
+
+class Pipeline:
+    """Plans what pushes do to a set."""
+
+    def __init__(self, spec: ParameterSetSpec, layout: Layout) -> None:
+        self.rule = rule_for(spec.optimizer)
+        self.slots = slot_layouts(spec, layout)
+        self.mean = Mean(spec.tensors, layout) if gathers(spec) else None
+        self._spec = spec
+        self._layout = layout
+        self._moments_only = spec.holds is Holds.MOMENTS
+        self._loops: Planner | None = None
+        self._whole: WholePlanner | None = None
+        bound = clipping.bound(spec.transforms.clip)
+        if isinstance(self.rule, TensorRule):
+            self._whole = WholePlanner(self.rule, spec.tensors, layout, self.slots, bound)
+        else:
+            self._loops = Planner(self.rule, layout, moments_only=self._moments_only, bound=bound)
+        self._averages = bool(averages.slots(spec.transforms))
+        self._compiled: set[Read] = set()
+
+    def begin(self) -> Progress:
+        """Where a new set stands."""
+        initial = tuple(self.rule.memory.values())
+        if isinstance(self.rule, TensorRule):
+            names = [group.name for group in self._spec.groups]
+            memories = {name: np.array(initial) for name in ("default", *names)}
+            return Progress(np.zeros(len(self._spec.tensors), np.int64), [()] * len(self._spec.tensors), memories)
+        return Progress(np.zeros(len(self._spec.tensors), np.int64), [initial] * len(self._spec.tensors))
+
+    def allocate(self) -> dict[str, Arena]:
+        """The slots of a new set; those that begin as the parameters do not yet."""
+        initial = self.rule.initial(self._spec.optimizer)
+        return {name: layout.allocate(initial.get(name, 0.0)) for name, layout in self.slots.items()}
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Slots that begin as the parameters."""
+        return (*self.rule.copies, *averages.slots(self._spec.transforms))
+
+    @property
+    def evaluation(self) -> str:
+        """The slot with the parameters to evaluate, if there is one."""
+        return averages.AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
+
+    def plan(
+        self, groups: Sequence[TensorGroup], progress: Progress, pushes: Sequence[Push], updated: set[int]
+    ) -> Update:
+        """What pushes that belong together do next, the progress included; raises InvalidArgument kinds.
+
+        An update with work and no memories is one of the mean alone.
+        """
+        gradients: Gradients = pushes[0].gradients
+        parameters = pushes[0].parameters
+        self._check_parameters(gradients, parameters, groups)
+        clip = self._spec.transforms.clip
+        work: list[Work] = []
+        if self.mean is None:
+            factors = self._factors(pushes[0])
+        else:
+            gradients, parts = self._gathered(progress, pushes)
+            work += parts
+            if progress.accumulated + 1 < self._spec.transforms.accumulate:
+                self._rule_update(groups, progress, gradients, parameters, dict.fromkeys(gradients, 1.0), updated)
+                return Update(work, {})
+            if clip is not None and not clipping.bound(clip):
+                places = {k: slice(p.start, p.start + p.size) for k, p in enumerate(self._layout.places)}
+                work.append(Clipping(clip, self._spec.tensors, gradients, places))
+            factors = dict.fromkeys(gradients, 1.0)
+        ruled = self._rule_update(groups, progress, gradients, parameters, factors, updated)
+        after = averages.plan(self._spec.transforms, self._layout, gradients, progress.steps) if self._averages else ()
+        return Update([*work, *ruled.work, *after], ruled.memories)
+
+    def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
+        """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
+        if push.refusal is None:
+            parameters = push.parameters
+            for index, gradient in push.gradients.items():
+                parameter = parameters.get(index, gradient).spec.dtype
+                self.compile_for((gradient.spec.dtype, parameter if self._moments_only else None), group, arenas)
+
+    def compile_for(self, read: Read, group: TensorGroup, arenas: Arenas) -> None:
+        """As `compile`, for gradients of a dtype (and parameters of one, in a set that holds moments only)."""
+        if read in self._compiled:
+            return
+        alone = Threads(1)
+        gradient = read[0]
+        for dtype in filter(None, read):
+            guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
+        if self.mean is not None:
+            self.mean.compile(gradient)
+            gradient = dtype_of(gradient)
+            guard_loop(gradient)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
+        if self._loops is not None:
+            self._loops.compile((gradient, read[1]), group, arenas, alone)
+        if self._averages:
+            averages.compile(self._layout)
+        self._compiled.add(read)
+
+    def _factors(self, push: Push) -> Factors:
+        """What the gradients of a push are multiplied by."""
+        scale = 1.0 / push.loss_scale
+        if not clipping.reads_norms(self._spec.transforms.clip):
+            return dict.fromkeys(push.gradients, scale)
+        norms = {index: norm * scale for index, norm in push.norms.items()}
+        return {index: factor * scale for index, factor in clipping.factors(self._spec.transforms.clip, norms).items()}
+
+    def _gathered(self, progress: Progress, pushes: Sequence[Push]) -> tuple[Gradients, Sequence[Work]]:
+        """The mean of pushes and of those that were accumulated before, and the work of making it."""
+        assert self.mean is not None
+        if progress.accumulated and tuple(pushes[0].gradients) != progress.accumulating:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: expected gradients of the {len(progress.accumulating)} tensors that the pushes before "
+                f"had, which this one is averaged with; got {len(pushes[0].gradients)}, or others. Push zeros for a tensor "
+                "that is not used"
+            )
+        share = 1.0 / (len(pushes) * self._spec.transforms.accumulate)
+        weights = [share / push.loss_scale for push in pushes]
+        return self.mean.plan([push.gradients for push in pushes], weights, begun=progress.accumulated > 0)
+
+    def _rule_update(
+        self,
+        groups: Sequence[TensorGroup],
+        progress: Progress,
+        gradients: Gradients,
+        parameters: Gradients,
+        factors: Factors,
+        updated: set[int],
+    ) -> Update:
+        if self._whole is not None:
+            return self._whole.plan(groups, gradients, progress.steps, progress.group_memory)
+        assert self._loops is not None
+        return self._loops.plan(groups, gradients, parameters, progress.steps, progress.memory, factors, updated)
+
+    def _check_parameters(self, gradients: Gradients, parameters: Gradients, groups: Sequence[TensorGroup]) -> None:
+        """In a set that holds moments only, weight decay needs the caller's parameters."""
+        if not self._moments_only:
+            return
+        for group in groups:
+            if group.optimizer.hyperparameters.get("weight_decay", 0.0) == 0.0:
+                continue
+            for index in group.members:
+                if index in gradients and index not in parameters:
+                    raise TensorMismatch(
+                        f"set {self._spec.id!r} holds moments only and weight decay reads the parameters: expected those of "
+                        f"{self._spec.tensors[index].name!r} beside its gradient; got none. Push parameters=..., or set "
+                        "weight_decay=0"
+                    )
+
+
+def slot_layouts(spec: ParameterSetSpec, layout: Layout) -> dict[str, Layout]:
+    """How each slot of a set is laid out, by name, in a set whose parameters are laid out in a certain way."""
+    rule, averaged = rule_for(spec.optimizer), averages.slots(spec.transforms)
+    if isinstance(rule, TensorRule):
+        shaped = {
+            name: Layout([replace(tensor, shape=shape(tensor)) for tensor in spec.tensors])
+            for name, shape in rule.slots.items()
+        }
+        return shaped | dict.fromkeys(averaged, layout)
+    return dict.fromkeys((*rule.slots, *averaged), layout)
+
+
+def gathers(spec: ParameterSetSpec) -> bool:
+    """Whether gradients are made one in memory of the set, before they are read."""
+    return (
+        (isinstance(spec.policy, Sync) and spec.policy.workers > 1)
+        or spec.transforms.accumulate > 1
+        or isinstance(spec.transforms.clip, ClipAdaptive)
+        or isinstance(rule_for(spec.optimizer), TensorRule)
+    )

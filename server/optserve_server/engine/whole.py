@@ -1,0 +1,112 @@
+"""Updates by rules that need whole tensors: one call for the tensors of a group, on arrays of their shapes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._specification import TensorSpec
+from optserve.optim import Optimizer
+from optserve_server.engine.arena import Arena, Layout
+from optserve_server.engine.groups import TensorGroup
+from optserve_server.engine.rules import Preparation, Tensor, TensorRule, preparation
+from optserve_server.engine.staging import StagedTensor
+from optserve_server.engine.threads import Threads
+from optserve_server.engine.update import Arenas, Update, check_computable
+
+Memories = Mapping[str, NDArray[np.float64]]  # of groups, by name
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One tensor of a group: where it lies in the set's arenas and in those of its slots, and its update number."""
+
+    spec: TensorSpec
+    index: int
+    t: int
+    carry: bool  # whether it starts from the version before
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWork:
+    """An update of a group's tensors by a rule, from gradients that were gathered in the arena."""
+
+    rule: TensorRule
+    optimizer: Optimizer
+    preparation: Preparation
+    members: Sequence[Member]
+    memory: NDArray[np.float64]
+    layout: Layout
+    slots: Mapping[str, Layout]
+
+    def run(self, arenas: Arenas, threads: Threads) -> None:
+        with np.errstate(all="ignore"):  # what is not finite stays so, as in the loops
+            tensors = [self._prepared(member, arenas) for member in self.members]
+            self.rule.update(self.optimizer, tensors, self.memory)
+
+    def _prepared(self, member: Member, arenas: Arenas) -> Tensor:
+        parameter = _array(arenas.after, self.layout, member)
+        if member.carry and arenas.before is not arenas.after:
+            parameter[...] = _array(arenas.before, self.layout, member)
+        gradient = _array(arenas.gradient, self.layout, member)
+        scale, bound, l2, shrink = self.preparation
+        if scale != 1:
+            gradient *= scale
+        if bound:
+            np.clip(gradient, -bound, bound, out=gradient)
+        if l2:
+            gradient += l2 * parameter
+        if shrink:
+            parameter -= shrink * parameter
+        slots = {
+            name: _array(arenas.slots[name], layout, member, self.rule.slots[name](member.spec))
+            for name, layout in self.slots.items()
+        }
+        return Tensor(parameter, gradient, slots, member.t)
+
+
+class WholePlanner:
+    """Plans updates of one set by a rule for whole tensors."""
+
+    def __init__(
+        self, rule: TensorRule, tensors: Sequence[TensorSpec], layout: Layout, slots: Mapping[str, Layout], bound: float
+    ) -> None:
+        self._rule = rule
+        self._tensors = tensors
+        self._layout = layout
+        self._slots = slots
+        self._bound = bound
+
+    def plan(
+        self,
+        groups: Sequence[TensorGroup],
+        gradients: Mapping[int, StagedTensor],
+        steps: NDArray[np.int64],
+        memories: Memories,
+    ) -> Update:
+        """The update that gathered gradients of these tensors make; changes nothing. Raises InvalidHyperparameter."""
+        work = []
+        for group in groups:
+            members = [
+                Member(self._tensors[index], index, int(steps[index]) + 1, carry=True)
+                for index in group.members
+                if index in gradients and self._tensors[index].size
+            ]
+            prepared = preparation(group.optimizer, 1.0, self._bound)
+            for member in members:
+                check_computable(prepared, member.spec.dtype.compute)
+            if members:
+                work.append(
+                    GroupWork(
+                        self._rule, group.optimizer, prepared, members, memories[group.name], self._layout, self._slots
+                    )
+                )
+        return Update(work, dict.fromkeys(gradients, ()))
+
+
+def _array(arena: Arena, layout: Layout, member: Member, shape: tuple[int, ...] | None = None) -> NDArray[np.floating]:
+    """A tensor's place in an arena as an array of its shape, or of another."""
+    place = layout.places[member.index]
+    elements = arena[place.compute][place.start : place.start + place.size]
+    return elements.reshape(member.spec.shape if shape is None else shape)
