@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
-from optserve_server.engine.rules import Memory, Rule, preparation
+from optserve_server.engine.rules import Memory, Preparation, Rule, preparation
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
@@ -25,6 +26,8 @@ _LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOA
 Read = tuple[
     DType, DType | None
 ]  # dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments
+
+Scalars = tuple[Preparation, Any]  # of an update: what happens before every rule, and the rule's own NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Planner:
         InvalidHyperparameter for values that overflow the type that the update is computed in.
         """
         rows: dict[tuple[int, int, Memory], int] = {}
-        scalars: list[tuple[float, ...]] = []
+        scalars: list[Scalars] = []
         memories: dict[int, Memory] = {}
         ranges: dict[Read, list[list[int]]] = {}
         for number, group in enumerate(groups):
@@ -80,7 +83,7 @@ class Planner:
                 row = rows.setdefault((number, t, memories[index]), len(rows))
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
-                    scalars.append((*preparation(group.optimizer), *own))
+                    scalars.append((preparation(group.optimizer), own))
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
                 start, carry = self._layout.places[index].start, int(index not in updated)
@@ -94,21 +97,24 @@ class Planner:
     def compile(self, read: Read, group: TensorGroup, arena: Arena, slots: Sequence[Arena]) -> None:
         """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
-        scalars = [(*preparation(group.optimizer), *self._rule.scalars(group.optimizer, 1, memory))]
+        scalars = [(preparation(group.optimizer), self._rule.scalars(group.optimizer, 1, memory))]
         work = self._work(read, [], scalars)
         compute = work.compute
         work.loop(work.table, work.scalars, arena[compute], arena[compute], *(slot[compute] for slot in slots))
 
-    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> Work:
+    def _work(self, read: Read, ranges: list[list[int]], scalars: list[Scalars]) -> Work:
         compute = read[0].compute
         largest = _LARGEST[compute]
-        for row in scalars:
+        rows = [(*prepared, *own) for prepared, own in scalars]
+        for row in rows:
             if not all(-largest <= value <= largest for value in row):
                 raise InvalidHyperparameter(
                     f"expected hyperparameters whose update can be computed in {compute.name}; some overflow: {row}"
                 )
         table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
-        return Work(update_loop(self._rule, *read), compute, table, np.array(scalars, compute))
+        kind: Any = type(scalars[0][1])
+        loop = update_loop(self._rule, kind, *read)
+        return Work(loop, compute, table, np.array(rows, compute))
 
 
 def run(updates: Iterable[Update], before: Arena, after: Arena, slots: Sequence[Arena], threads: Threads) -> None:

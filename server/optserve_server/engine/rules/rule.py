@@ -1,34 +1,11 @@
-"""What a rule is, and what happens before every one."""
+"""What happens before every rule, and what a family's table of rules is."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from optserve.optim import Optimizer
+from optserve.optim import Memory, Optimizer, Rule
 
-Memory = tuple[float, ...]
-
-
-def _nothing(optimizer: Any, t: int, memory: Memory) -> Memory:
-    return memory
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """A rule: its function, its slots (values per element), its memory (values per tensor) and its scalars.
-
-    `scalars(optimizer, t, memory)` gives `h` for a tensor's update number t = 1, 2, ...; `remember(optimizer, t,
-    memory)` gives the memory that update t sees. Slots start at `initial(optimizer)`, or at zero. A rule that
-    `reads_parameters` does more with them than to add a step, and needs a set that holds them.
-    """
-
-    function: Callable[..., Any]
-    scalars: Callable[[Any, int, Memory], NamedTuple]
-    slots: tuple[str, ...] = ()
-    memory: Mapping[str, float] = field(default_factory=dict)
-    remember: Callable[[Any, int, Memory], Memory] = _nothing
-    initial: Callable[[Any], Mapping[str, float]] = lambda optimizer: {}
-    reads_parameters: bool = False
+__all__ = ["Memory", "Preparation", "Rule", "Rules", "preparation"]
 
 
 class Preparation(NamedTuple):
@@ -41,7 +18,7 @@ class Preparation(NamedTuple):
 
 def preparation(optimizer: Any) -> Preparation:
     """Sign and weight decay of an optimizer; the learning rate enters decoupled decay."""
-    scale = -1.0 if optimizer.maximize else 1.0
+    scale = -1.0 if getattr(optimizer, "maximize", False) else 1.0
     weight_decay = getattr(optimizer, "weight_decay", 0.0)
     if getattr(optimizer, "proximal_weight_decay", False):  # which is the rule's own business
         return Preparation(scale, l2=0.0, shrink=0.0)
