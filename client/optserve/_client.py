@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
-from optserve._messages import decode_description, decode_position, decode_summary, encode_spec
+from optserve._messages import decode_holds, decode_position, decode_summary, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
@@ -82,7 +82,7 @@ class Client:
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None
-        return self._handle(spec, client_id, choice, base)
+        return self._handle(spec.id, spec.holds, client_id, choice, base)
 
     def parameter_set(
         self,
@@ -101,7 +101,7 @@ class Client:
         choice = Choice(self._via, push_format, pull_format)
         request = pb.GetParameterSetRequest(id=check_set_id(id))
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
-        return self._handle(decode_description(response.parameter_set).spec, client_id, choice)
+        return self._handle(id, decode_holds(response.parameter_set.spec.holds), client_id, choice)
 
     def list_parameter_sets(self) -> list[Summary]:
         """All parameter sets on the server, ordered by id."""
@@ -122,12 +122,12 @@ class Client:
         self.close()
 
     def _handle(
-        self, spec: ParameterSetSpec, client_id: str | None, choice: Choice, base: Position | None = None
+        self, set_id: str, holds: Holds, client_id: str | None, choice: Choice, base: Position | None = None
     ) -> ParameterSet:
         client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
-        moments_only = spec.holds is Holds.MOMENTS
+        moments_only = holds is Holds.MOMENTS
         handle = ParameterSet(
-            self._transport, spec.id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
+            self._transport, set_id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
         )
         self._handles.add(handle)
         return handle

@@ -212,7 +212,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         groups=tuple(
             Group(group.name, *group.tensors, **decode_values(group.hyperparameters)) for group in message.groups
         ),
-        holds=_decode_holds(message.holds),
+        holds=decode_holds(message.holds),
         guard=not message.unguarded,
         policy=_decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
@@ -326,7 +326,7 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
     return Summary(
         id=message.id,
         rule=message.rule,
-        holds=_decode_holds(message.holds),
+        holds=decode_holds(message.holds),
         position=decode_position(message.position),
         tensor_count=message.tensor_count,
         element_count=message.element_count,
@@ -426,7 +426,7 @@ def _decode_dtype(value: int) -> DType:
     raise InvalidTensor(f"expected a DType among {', '.join(dtype.name for dtype in _DTYPES)}; got code {value}")
 
 
-def _decode_holds(value: int) -> Holds:
+def decode_holds(value: int) -> Holds:
     if value == parameter_set_pb2.HOLDS_UNSPECIFIED:
         return Holds.PARAMETERS
     for holds, number in _HOLDS.items():

@@ -26,7 +26,7 @@ from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.parameter_set import ParameterSet
-from optserve_server.engine.rules import rule_for
+from optserve_server.engine.rules import known, rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
 from optserve_server.shared_memory import SharedMemory
@@ -92,6 +92,8 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
+        if self._storage is not None:
+            self._storage.check_free(spec.id)
         self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
@@ -167,7 +169,7 @@ class OptimizerService:
             parameter_set.made_durable(state.position.version)
 
     def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
-        return pb.ListRulesResponse(rules=[_describe(each) for each in optim.catalogue().values()])
+        return pb.ListRulesResponse(rules=[_describe(each) for each in known()])
 
 
 def _describe(optimizer: type[optim.Optimizer]) -> optimizer_pb2.RuleDescription:

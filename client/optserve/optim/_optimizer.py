@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
-from optserve._errors import InvalidHyperparameter
+from optserve._errors import InvalidHyperparameter, InvalidRule
 
 Kind = TypeVar("Kind", bound="Optimizer")
 T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
@@ -101,6 +101,14 @@ class Optimizer:
 
     lr: float = hyperparameter(1e-3, LR)
 
+    def __init_subclass__(cls) -> None:
+        other = catalogue().get(cls.__name__, cls)
+        if other.__module__ != cls.__module__:
+            raise InvalidRule(
+                f"expected a name for {cls.__module__}.{cls.__name__} that no other optimizer has: names are what travels; "
+                f"{other.__module__} has it"
+            )
+
     def __post_init__(self) -> None:
         for name, described, default in self.described():
             object.__setattr__(self, name, described.check(name, getattr(self, name), default))
@@ -109,6 +117,11 @@ class Optimizer:
     def described(cls) -> Iterator[tuple[str, Hyperparameter, Any]]:
         """Name, description and default of every hyperparameter, in the constructor's order."""
         for each in dataclasses.fields(cls):
+            if "hyperparameter" not in each.metadata:
+                raise InvalidRule(
+                    f"expected {cls.__name__}.{each.name} to be declared as hyperparameter(default, documentation); "
+                    f"got {each.default!r}"
+                )
             yield each.name, each.metadata["hyperparameter"], each.default
 
     @property
@@ -125,6 +138,20 @@ class Optimizer:
         """The same rule with some values changed; raises InvalidHyperparameter."""
         check_names(type(self), changes)
         return dataclasses.replace(self, **changes)
+
+
+def catalogue() -> dict[str, type[Optimizer]]:
+    """All optimizers by the name of their rule, simplest first; those of your own, once they are imported, among them."""
+    found: dict[str, type[Optimizer]] = {}
+    for kind in _tree(Optimizer)[1:]:
+        name = kind.__name__
+        if not name.startswith("_") and found.get(name, kind).__module__ == kind.__module__:
+            found[name] = kind  # the newest, where a class was defined again
+    return found
+
+
+def _tree(root: type[Optimizer]) -> list[type[Optimizer]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]
 
 
 def _as_float(value: numbers.Real) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
-from optserve_server.engine.rules import Memory, Rule, preparation
+from optserve_server.engine.rules import Memory, Preparation, Rule, preparation
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
@@ -42,6 +42,9 @@ class Work(Protocol):
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
         """Do it."""
+
+
+Scalars = tuple[Preparation, Any]  # of an update: what happens before every rule, and the rule's own NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class Planner:
         InvalidHyperparameter for values that overflow the type that the update is computed in.
         """
         rows: dict[tuple[int, int, Memory, float], int] = {}
-        scalars: list[tuple[float, ...]] = []
+        scalars: list[Scalars] = []
         memories: dict[int, Memory] = {}
         ranges: dict[Read, list[list[int]]] = {}
         for number, group in enumerate(groups):
@@ -111,7 +114,7 @@ class Planner:
                 row = rows.setdefault((number, t, memories[index], factors[index]), len(rows))
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
-                    scalars.append((*preparation(group.optimizer, factors[index], self._bound), *own))
+                    scalars.append((preparation(group.optimizer, factors[index], self._bound), own))
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
                 start, carry = self._layout.places[index].start, int(index not in updated)
@@ -126,15 +129,17 @@ class Planner:
         """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
         own = self._rule.scalars(group.optimizer, 1, memory)
-        self._work(read, [], [(*preparation(group.optimizer, 1.0, self._bound), *own)]).run(arenas, threads)
+        self._work(read, [], [(preparation(group.optimizer, 1.0, self._bound), own)]).run(arenas, threads)
 
-    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> LoopWork:
+    def _work(self, read: Read, ranges: list[list[int]], scalars: list[Scalars]) -> LoopWork:
         compute = read[0].compute
-        for row in scalars:
+        rows = [(*prepared, *own) for prepared, own in scalars]
+        for row in rows:
             check_computable(row, compute)
         table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
-        loop = update_loop(self._rule, *read, clips=self._bound > 0)
-        return LoopWork(loop, compute, self._rule.slots, table, np.array(scalars, compute))
+        kind: Any = type(scalars[0][1])
+        loop = update_loop(self._rule, kind, *read, clips=self._bound > 0)
+        return LoopWork(loop, compute, self._rule.slots, table, np.array(rows, compute))
 
 
 def check_computable(values: Iterable[float], compute: ComputeType) -> None:
