@@ -12,7 +12,7 @@ from optserve_server.engine.loops import BLEND_COLUMNS, blend_loop
 from optserve_server.engine.threads import Table, Threads
 from optserve_server.engine.update import Arenas
 
-AVERAGE, LOOKAHEAD = "average", "lookahead"  # names of the slots
+AVERAGE, LOOKAHEAD = "transform:average", "transform:lookahead"  # slots: no names that a rule could have
 
 
 @dataclass(frozen=True, slots=True)

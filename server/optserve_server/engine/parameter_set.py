@@ -31,7 +31,7 @@ from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Update
 
-PARAMETERS, GRADIENT = "parameters", "gradient"  # names of these arenas beside those of the slots
+PARAMETERS, GRADIENT = "parameters", "transform:gradient"  # names of these arenas beside those of the slots
 
 
 @dataclass(slots=True)

@@ -18,7 +18,6 @@ from numba import float32, njit, typeof
 from optserve._errors import InvalidRule
 from optserve.optim import Optimizer, Rule
 
-RESERVED = {"average", "gradient", "lookahead", "parameters"}  # names of a set's other arenas
 UPDATES = (1, 2)  # whose scalars are tried: the first update of a tensor, and another one
 
 
@@ -51,14 +50,10 @@ def _checked(kind: Any, rule: Any) -> Rule:
     if "__dataclass_fields__" not in vars(kind):
         raise InvalidRule(f"expected {name} to be a dataclass; decorate it with @dataclass(frozen=True)")
     slots = rule.slots
-    if (
-        not isinstance(slots, tuple)
-        or len(RESERVED | set(slots)) < len(RESERVED) + len(slots)
-        or not all(map(_is_name, slots))
-    ):
+    if not isinstance(slots, tuple) or len({"parameters", *slots}) <= len(slots) or not all(map(_is_name, slots)):
         raise InvalidRule(
-            f'expected the slots of {name} as a tuple of different names such as ("exp_avg",), none of them among '
-            f"{', '.join(sorted(RESERVED))}; got {slots!r}"
+            f'expected the slots of {name} as a tuple of different names such as ("exp_avg",), none of them "parameters"; '
+            f"got {slots!r}"
         )
     _check_function(name, rule, _scalars(kind, rule))
     return rule
