@@ -42,6 +42,7 @@ from optserve._errors import (
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
+from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._transforms import (
     EMA,
@@ -66,6 +67,7 @@ __all__ = [
     "ClipGlobalNorm",
     "ClipNorm",
     "ClipValue",
+    "Constant",
     "DeadlineExceeded",
     "Description",
     "Durability",
@@ -87,6 +89,7 @@ __all__ = [
     "NoDataDirectory",
     "NoSharedMemory",
     "NonFiniteValue",
+    "Normal",
     "OptserveError",
     "Outcome",
     "OutcomeUnknown",
@@ -102,6 +105,7 @@ __all__ = [
     "RefuseNonFinite",
     "RolledBack",
     "RoundIncomplete",
+    "RowSparse",
     "SequenceGap",
     "SequenceReused",
     "ServerBusy",
@@ -113,9 +117,11 @@ __all__ = [
     "SpecificationMismatch",
     "Summary",
     "Sync",
+    "Table",
     "TensorMismatch",
     "TensorSpec",
     "Transforms",
+    "Uniform",
     "UnknownRule",
     "formats",
     "keep_freed_memory",

@@ -15,6 +15,7 @@ from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
+from optserve._rows import Table
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
 from optserve._transforms import PLAIN, Transforms
 from optserve._transport import connect
@@ -49,7 +50,7 @@ class Client:
     def create_parameter_set(
         self,
         id: str,
-        parameters: Mapping[str, ArrayLike],
+        parameters: Mapping[str, ArrayLike | Table],
         optimizer: Optimizer,
         *,
         groups: Sequence[Group] = (),
@@ -62,7 +63,7 @@ class Client:
         push_format: Format | None = None,
         pull_format: BFloat16 | Float16 | None = None,
     ) -> ParameterSet:
-        """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
+        """Create a parameter set from initial values by name: arrays of float32, float64, bfloat16 or float16, or a `Table`.
 
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
@@ -76,9 +77,14 @@ class Client:
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         choice = Choice(self._via, push_format, pull_format)
-        arrays = as_arrays(parameters)
-        specs = tuple(TensorSpec.of(name, array) for name, array in arrays.items())
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy, transforms)
+        tables = {name: each for name, each in parameters.items() if isinstance(each, Table)}
+        arrays = as_arrays({name: each for name, each in parameters.items() if not isinstance(each, Table)})
+        specs = tuple(
+            TensorSpec.of(name, arrays[name]) if name in arrays else _table_spec(name, tables[name])
+            for name in parameters
+        )
+        initial = {name: table.initial for name, table in tables.items()}
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy, transforms, initial)
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None
@@ -133,11 +139,19 @@ class Client:
         return handle
 
 
+def _table_spec(name: str, table: Table) -> TensorSpec:
+    return TensorSpec(name, table.dtype, (table.capacity, *table.shape))
+
+
 def _creation(
     first: pb.CreateParameterSetRequest, spec: ParameterSetSpec, arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> Iterator[Frame[pb.CreateParameterSetRequest]]:
     yield Frame(first)
     if spec.holds is Holds.PARAMETERS:
-        values = ((k, bytes_of(array), array.itemsize) for k, array in enumerate(arrays.values()))
+        values = (
+            (k, bytes_of(arrays[each.name]), each.dtype.itemsize)
+            for k, each in enumerate(spec.tensors)
+            if each.name in arrays
+        )
         for payload in pack(values):
             yield Frame(pb.CreateParameterSetRequest(), payload)

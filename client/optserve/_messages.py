@@ -18,6 +18,7 @@ from optserve._errors import (
 )
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._rows import Constant, Initial, Normal, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._transforms import (
     EMA,
@@ -200,6 +201,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         unguarded=not spec.guard,
         policy=_encode_policy(spec.policy),
         transforms=_encode_transforms(spec.transforms),
+        tables={name: _encode_initial(initial) for name, initial in spec.tables.items()},
     )
 
 
@@ -216,6 +218,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         guard=not message.unguarded,
         policy=_decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
+        tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
     )
 
 
@@ -407,6 +410,26 @@ def _decode_clip(message: transforms_pb2.Clip) -> Clip:
             return ClipAdaptive(message.adaptive, message.eps, convention)
         case _:
             raise InvalidTransform("expected a clip to be global_norm, norm, value or adaptive; got none of them")
+
+
+def _encode_initial(initial: Initial) -> parameter_set_pb2.Initial:
+    match initial:
+        case Constant(value):
+            return parameter_set_pb2.Initial(constant=value)
+        case Uniform(low, high, seed):
+            return parameter_set_pb2.Initial(uniform=parameter_set_pb2.Uniform(low=low, high=high, seed=seed))
+        case Normal(std, seed):
+            return parameter_set_pb2.Initial(normal=parameter_set_pb2.Normal(std=std, seed=seed))
+
+
+def _decode_initial(message: parameter_set_pb2.Initial) -> Initial:
+    match message.WhichOneof("kind"):
+        case "uniform":
+            return Uniform(message.uniform.low, message.uniform.high, message.uniform.seed)
+        case "normal":
+            return Normal(message.normal.std, message.normal.seed)
+        case _:
+            return Constant(message.constant)
 
 
 def _decode_average(message: transforms_pb2.Average) -> Average:

@@ -97,7 +97,7 @@ class OptimizerService:
         self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
-        with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.tensors))):
+        with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.sent))):
             values = self._receive(spec, first, frames)
             made, created = self._engine.create(spec, values, exist_ok=exist_ok)
         return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
@@ -118,7 +118,7 @@ class OptimizerService:
         self, spec: ParameterSetSpec, first: Frame[pb.CreateParameterSetRequest], frames: CreationFrames
     ) -> Staging:
         """The initial values of a set, all of them."""
-        values = self._engine.stage(spec.tensors if spec.holds is Holds.PARAMETERS else ())
+        values = self._engine.stage(spec.sent if spec.holds is Holds.PARAMETERS else ())
         for frame in itertools.chain((first,), frames) if first.payload else frames:
             if frame is not first and frame.message.HasField("spec"):
                 raise MessageOrder("expected `spec` in the first message only")

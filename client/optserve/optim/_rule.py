@@ -33,8 +33,9 @@ class Rule:
     `function(p, g, *slots, h)` gives the new parameter and slots of one element. `scalars(optimizer, t, memory)` gives `h`, a
     NamedTuple, for a tensor's update number t = 1, 2, ...; `remember(optimizer, t, memory)` gives the memory that update t
     sees. Slots start at `initial(optimizer)`, as the parameters if they are among `copies`, or at zero. The slot `evaluation`
-    holds the parameters to evaluate, if they are others than those to train. A rule that `reads_parameters` does more with
-    them than to add a step, and needs a set that holds them.
+    holds the parameters to evaluate, if they are others than those to train. A `lazy` rule leaves alone what has no gradient,
+    so that it may be given some rows only. A rule that `reads_parameters` does more with them than to add a step, and needs a
+    set that holds them.
     """
 
     function: Callable[..., Any]
@@ -45,4 +46,5 @@ class Rule:
     initial: Callable[[Any], Mapping[str, float]] = lambda optimizer: {}
     copies: tuple[str, ...] = ()
     evaluation: str = ""
+    lazy: bool = False
     reads_parameters: bool = False

@@ -1,6 +1,7 @@
 """A parameter set: tensors, optimizer state, sessions, and the update that changes them together."""
 
 import datetime
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +10,21 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optserve._dtypes import DType, narrowed
-from optserve._errors import InvalidArgument, InvalidTransform, ParameterSetNotFound, Refusal, ServerBusy, ServerError
+from optserve._errors import (
+    InvalidArgument,
+    InvalidTransform,
+    ParameterSetNotFound,
+    Refusal,
+    ServerBusy,
+    ServerError,
+    TensorMismatch,
+)
 from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
-from optserve._specification import Holds, ParameterSetSpec
+from optserve._rows import Indices
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._transforms import SkipNonFinite
 from optserve_server.engine import snapshot, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
@@ -22,8 +33,9 @@ from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop
 from optserve_server.engine.pipeline import Pipeline, Progress
-from optserve_server.engine.push import Declared, Push
+from optserve_server.engine.push import Declared, Push, check_present
 from optserve_server.engine.rounds import Rounds, merged_changes
+from optserve_server.engine.rows import check_rows
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
@@ -32,6 +44,9 @@ from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Update
 
 PARAMETERS, GRADIENT = "parameters", "transform:gradient"  # names of these arenas beside those of the slots
+
+
+Rows = Mapping[int, Indices]  # or keys, by the tensor's index
 
 
 @dataclass(slots=True)
@@ -237,13 +252,22 @@ class ParameterSet:
                 return self._copy(dtype, self._pipeline.evaluation)
             return self._pin() if pinned and dtype is None else self._copy(dtype)
 
-    def check_evaluation(self) -> None:
-        """Raises InvalidTransform if there are no parameters to evaluate but those to train."""
-        if not self._pipeline.evaluation:
+    def check_pull(self, names: Sequence[str], rows: Mapping[str, Indices], *, evaluation: bool) -> Rows:
+        """The rows that a pull asks for by the tensor's index; raises TensorMismatch or InvalidTransform if it can't be had."""
+        if rows:
+            everything = range(len(self.spec.tensors)) if self.spec.holds is Holds.PARAMETERS else ()
+            check_present(self.spec, self.indices, everything, [*names, *rows])
+        for name, each in rows.items():
+            tensor = self.spec.tensors[self.indices[name]]
+            if not tensor.shape:
+                raise TensorMismatch(f"set {self.spec.id!r}: expected rows of a tensor that has some; got {tensor}")
+            check_rows(self.spec, tensor, each)
+        if evaluation and not self._pipeline.evaluation:
             raise InvalidTransform(
                 f"set {self.spec.id!r} keeps no parameters to evaluate beside those to train: expected an average, such as "
-                "Transforms(average=EMA(0.999)), or a rule with some, such as ScheduleFreeAdamW"
+                "Transforms(average=EMA(0.999)), or a rule with some, such as ASGD"
             )
+        return {self.indices[name]: each for name, each in rows.items()}
 
     def release(self, snapshot: Snapshot) -> None:
         """Say that a snapshot is not read any more; again does nothing."""
@@ -253,9 +277,57 @@ class ParameterSet:
 
     def snapshot_nbytes(self, dtype: DType | None) -> int:
         """Size of a copy."""
-        return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self.spec.tensors)
+        return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self._sized())
+
+    def rows_nbytes(self, rows: Rows, dtype: DType | None) -> int:
+        """Size of some rows."""
+        return sum(
+            len(each) * self._width(index) * narrowed(self.spec.tensors[index].dtype, dtype).itemsize
+            for index, each in rows.items()
+        )
+
+    def rows(
+        self, whole: Sequence[int], rows: Rows, dtype: DType | None = None, *, evaluation: bool = False
+    ) -> Snapshot:
+        """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
+        with self._lock:
+            self._check_alive()
+            slot = self._pipeline.evaluation if evaluation else ""
+            arena = self._slots[slot] if slot else self._buffers.current.arena
+            copied = self._copy(dtype, slot) if whole else None
+            data = [np.empty(0, np.uint8)] * len(self.spec.tensors) if copied is None else list(copied.data)
+            dtypes = [narrowed(tensor.dtype, dtype) for tensor in self.spec.tensors]
+            for index, each in rows.items():
+                data[index] = self._encoded_rows(index, each, arena, dtypes[index])
+            keys = {index: each for index, each in copied.keys.items() if index in whole} if copied is not None else {}
+            return Snapshot(self._position, (*whole, *rows), dtypes, data, keys=keys)
+
+    def _encoded_rows(self, index: int, rows: Indices, arena: Arena, dtype: DType) -> NDArray[np.uint8]:
+        spec, table = self.spec.tensors[index], self._pipeline.tables.get(index)
+        found = rows if table is None else table.find(rows)
+        data = np.empty(len(rows) * self._width(index) * dtype.itemsize, np.uint8)
+        snapshot.encode_rows(spec, self.layout, index, arena, found, data, dtype, self._threads)
+        if table is not None and (missing := found < 0).any():
+            initial = snapshot.encode_values(table.initial(rows[missing]), dtype)
+            data.reshape(len(rows), -1)[missing] = initial.reshape(int(missing.sum()), -1)
+        return data
+
+    def _width(self, index: int) -> int:
+        """Elements of a row."""
+        shape = self.spec.tensors[index].shape
+        return math.prod(shape[1:])
+
+    def _sized(self) -> list[TensorSpec]:
+        """The tensors with the rows that they have by now."""
+        tables = self._pipeline.tables
+        return [
+            replace(tensor, shape=(len(tables[index].keys), *tensor.shape[1:])) if index in tables else tensor
+            for index, tensor in enumerate(self.spec.tensors)
+        ]
 
     def _pin(self) -> Snapshot | None:
+        if self._pipeline.tables:  # of which only a part is there
+            return None
         buffer = self._buffers.pin()
         if buffer is None:
             return None
@@ -270,11 +342,17 @@ class ParameterSet:
     def _copy(self, dtype: DType | None, slot: str = "") -> Snapshot:
         copied = self._copies.get((dtype, slot))
         if copied is None:
-            tensors, arena = self.spec.tensors, self._slots[slot] if slot else self._buffers.current.arena
+            tensors, arena = self._sized(), self._slots[slot] if slot else self._buffers.current.arena
             dtypes = [narrowed(tensor.dtype, dtype) for tensor in tensors]
             data = snapshot.room(tensors, dtypes)
-            snapshot.encode(tensors, self._present, self.layout, arena, data, dtypes, self._threads)
-            copied = self._copies[dtype, slot] = Snapshot(self._position, self._present, dtypes, data)
+            tables = self._pipeline.tables
+            keys = {index: np.array(table.keys, np.int64) for index, table in tables.items()}
+            plain = [index for index in self._present if index not in tables]
+            snapshot.encode(tensors, plain, self.layout, arena, data, dtypes, self._threads)
+            for index, each in keys.items():
+                spec, every = self.spec.tensors[index], np.arange(len(each))
+                snapshot.encode_rows(spec, self.layout, index, arena, every, data[index], dtypes[index], self._threads)
+            copied = self._copies[dtype, slot] = Snapshot(self._position, self._present, dtypes, data, keys=keys)
         return copied
 
     def capture(self) -> State:
@@ -289,6 +367,7 @@ class ParameterSet:
                 arenas={name: copy(arena) for name, arena in self._arenas().items()},
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
+                keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
     def restore(self, state: State) -> None:
@@ -300,6 +379,8 @@ class ParameterSet:
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions)
+        for index, keys in state.keys.items():
+            self._pipeline.tables[index].add(np.array(keys, np.int64))
         self.made_durable(state.position.version)
 
     def made_durable(self, version: int) -> None:
@@ -359,8 +440,9 @@ class ParameterSet:
 
     def _next_commits(self) -> list[Commit]:
         """Those that wait; or one, if they can't share a pass: updates that a set of moments returns must be read before
-        the next, and there is memory for one mean."""
-        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS and self._pipeline.mean is None else 1
+        the next, there is memory for one mean, and one at a time lets tables grow."""
+        alone = self.spec.holds is Holds.MOMENTS or self._pipeline.mean is not None or self._pipeline.tables
+        most = 1 if alone else len(self._commits)
         return [self._commits.popleft() for _ in range(most)]
 
     def _apply(self, commits: Sequence[Commit]) -> None:

@@ -42,6 +42,7 @@ def to_json(state: State) -> str:
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
             "progress": _from_progress(state.progress),
+            "keys": list(state.keys.items()),
             "sessions": [_from_session(session) for session in state.sessions],
         }
     )
@@ -67,6 +68,7 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         arenas=arenas,
         progress=_to_progress(record["progress"]),
+        keys=dict(record["keys"]),
         sessions=[_to_session(each) for each in record["sessions"]],
     )
 

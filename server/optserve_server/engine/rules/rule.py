@@ -43,6 +43,7 @@ class TensorRule:
     initial: Callable[[Any], Mapping[str, float]] = lambda optimizer: {}
     copies: tuple[str, ...] = ()
     evaluation: str = ""
+    lazy: bool = False
     reads_parameters: bool = True
 
 
