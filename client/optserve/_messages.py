@@ -36,6 +36,7 @@ from optserve._transforms import (
 )
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
+from optserve.optim._optimizer import as_number
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2, transforms_pb2
 
 _ENCODINGS = {
@@ -74,15 +75,15 @@ _DURABILITY = {
 
 def encode_value(value: Any) -> optimizer_pb2.Value:
     """A hyperparameter's value as a message; raises InvalidHyperparameter for a type that does not travel."""
-    match value:
+    match as_number(value):
         case None:
             return optimizer_pb2.Value(null="NULL_VALUE")
-        case bool() | np.bool_():
-            return optimizer_pb2.Value(boolean=bool(value))
-        case int() | np.integer() if -(2**63) <= value < 2**63:
-            return optimizer_pb2.Value(integer=int(value))
-        case float() | np.floating():
-            return optimizer_pb2.Value(number=float(value))
+        case bool(flag):
+            return optimizer_pb2.Value(boolean=flag)
+        case int(number) if -(2**63) <= number < 2**63:
+            return optimizer_pb2.Value(integer=number)
+        case float() | np.floating() as number:
+            return optimizer_pb2.Value(number=float(number))
         case str():
             return optimizer_pb2.Value(text=value)
         case list() | tuple():

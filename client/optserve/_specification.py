@@ -148,12 +148,19 @@ class ParameterSetSpec:
 
 
 def as_arrays(tensors: Mapping[str, ArrayLike]) -> dict[str, np.ndarray[Any, Any]]:
-    """The tensors as C-contiguous little-endian arrays, copied only where they are not that already."""
+    """The tensors as C-contiguous little-endian arrays, copied only where they are not that already.
+
+    Raises InvalidTensor.
+    """
     if not isinstance(tensors, Mapping):
         raise InvalidTensor(f"expected a mapping from tensor names to arrays; got {type(tensors).__name__}")
     arrays = {}
     for name, value in tensors.items():
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        # Of tensors that are tracked, sparse tensors, and ragged lists.
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InvalidTensor(f"expected {name!r} to be an array, or to convert to one; {error}") from error
         little = array.dtype if array.dtype.byteorder != ">" else array.dtype.newbyteorder("<")
         arrays[name] = np.ascontiguousarray(array, dtype=little).reshape(array.shape)
     return arrays

@@ -17,17 +17,19 @@ T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """What a hyperparameter may be: a sentence, a half-open range [minimum, below) or some words, and whether it may change
-    live."""
+    """What a hyperparameter may be: a sentence, a range from `minimum` up to `maximum` or `below` a limit, or some words; and
+    whether it may change live."""
 
     documentation: str
     minimum: float = 0.0
+    maximum: float = math.inf
     below: float = math.inf
     live: bool = True
     choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any, default: Any) -> Any:
         """Return the value with the type of its default; raises InvalidHyperparameter."""
+        value = as_number(value)
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise InvalidHyperparameter(f"expected {name} to be True or False; got {value!r}")
@@ -46,17 +48,20 @@ class Hyperparameter:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise InvalidHyperparameter(f"expected {name} to be a number; got {value!r}")
         value = _as_float(value)
-        if not (math.isfinite(value) and self.minimum <= value < self.below):
+        if not (math.isfinite(value) and self.minimum <= value <= self.maximum and value < self.below):
             raise InvalidHyperparameter(
                 f"expected {name} to be finite, at least {self.minimum:g}"
+                + (f" and at most {self.maximum:g}" if self.maximum < math.inf else "")
                 + (f" and below {self.below:g}" if self.below < math.inf else "")
                 + f"; got {value!r}"
             )
         return value
 
 
-def hyperparameter(default: T, documentation: str, *, below: float = math.inf, live: bool = True) -> T:
-    described = Hyperparameter(documentation, below=below, live=live)
+def hyperparameter(
+    default: T, documentation: str, *, maximum: float = math.inf, below: float = math.inf, live: bool = True
+) -> T:
+    described = Hyperparameter(documentation, maximum=maximum, below=below, live=live)
     return field(default=default, metadata={"hyperparameter": described})
 
 
@@ -152,6 +157,12 @@ def catalogue() -> dict[str, type[Optimizer]]:
 
 def _tree(root: type[Optimizer]) -> list[type[Optimizer]]:
     return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]
+
+
+def as_number(value: Any) -> Any:
+    """What is in an array or a tensor of one element, of any library; anything else as it is."""
+    shape = getattr(value, "shape", None)
+    return value.item() if isinstance(shape, tuple) and math.prod(shape) == 1 and hasattr(value, "item") else value
 
 
 def _as_float(value: numbers.Real) -> float:
