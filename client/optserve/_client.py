@@ -15,7 +15,7 @@ from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
-from optserve._rows import Table
+from optserve._rows import Table, as_mapping
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
 from optserve._transforms import PLAIN, Transforms
 from optserve._transport import connect
@@ -77,7 +77,7 @@ class Client:
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         choice = Choice(self._via, push_format, pull_format)
-        tables = {name: each for name, each in parameters.items() if isinstance(each, Table)}
+        tables = {name: each for name, each in as_mapping(parameters).items() if isinstance(each, Table)}
         arrays = as_arrays({name: each for name, each in parameters.items() if not isinstance(each, Table)})
         specs = tuple(
             TensorSpec.of(name, arrays[name]) if name in arrays else _table_spec(name, tables[name])

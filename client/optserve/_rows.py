@@ -86,6 +86,13 @@ class Table:
             raise InvalidTensor(f"expected a seed of 64 bits; got {self.initial.seed}")
 
 
+def as_mapping(tensors: Any) -> Mapping[str, Any]:
+    """Tensors by name; raises InvalidTensor for anything else."""
+    if not isinstance(tensors, Mapping):
+        raise InvalidTensor(f"expected a mapping from tensor names to arrays; got {type(tensors).__name__}")
+    return tensors
+
+
 def as_indices(rows: ArrayLike) -> Indices:
     """Indices or keys of rows, int64 [k]; raises InvalidTensor."""
     array = np.asarray(rows)
@@ -119,7 +126,9 @@ def split(gradients: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Indic
     Raises InvalidTensor.
     """
     present = {
-        name: each for name, each in gradients.items() if not (isinstance(each, RowSparse) and not len(each.rows))
+        name: each
+        for name, each in as_mapping(gradients).items()
+        if not (isinstance(each, RowSparse) and not len(each.rows))
     }
     rows = {name: each.rows for name, each in present.items() if isinstance(each, RowSparse)}
     check_count(rows.values())

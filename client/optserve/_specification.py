@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from optserve._dtypes import DType, dtype_named
 from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
 from optserve._policies import ASYNC, Policy
-from optserve._rows import Initial
+from optserve._rows import Initial, as_mapping
 from optserve._transforms import PLAIN, Transforms
 from optserve.optim import Group, Optimizer
 
@@ -152,10 +152,8 @@ def as_arrays(tensors: Mapping[str, ArrayLike]) -> dict[str, np.ndarray[Any, Any
 
     Raises InvalidTensor.
     """
-    if not isinstance(tensors, Mapping):
-        raise InvalidTensor(f"expected a mapping from tensor names to arrays; got {type(tensors).__name__}")
     arrays = {}
-    for name, value in tensors.items():
+    for name, value in as_mapping(tensors).items():
         try:
             array = np.asarray(value)
         # Of tensors that are tracked, sparse tensors, and ragged lists.
