@@ -1,52 +1,44 @@
 """A parameter set: tensors, optimizer state, sessions, and the update that changes them together."""
 
 import datetime
-import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
-from optserve._dtypes import DType, narrowed
+from optserve._dtypes import DType
 from optserve._errors import (
     InvalidArgument,
-    InvalidTransform,
     ParameterSetNotFound,
     Refusal,
     ServerBusy,
     ServerError,
-    TensorMismatch,
 )
 from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import SkipNonFinite
-from optserve_server.engine import snapshot, update
+from optserve_server.engine import update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, change, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop
 from optserve_server.engine.pipeline import Pipeline, Progress
-from optserve_server.engine.push import Declared, Push, check_present
+from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds, merged_changes
-from optserve_server.engine.rows import check_rows
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Update
+from optserve_server.engine.views import Rows, Views
 
 PARAMETERS, GRADIENT = "parameters", "transform:gradient"  # names of these arenas beside those of the slots
-
-
-Rows = Mapping[int, Indices]  # or keys, by the tensor's index
 
 
 @dataclass(slots=True)
@@ -99,13 +91,12 @@ class ParameterSet:
         self._broken = False
         self._commits: deque[Commit] = deque()
         self._rounds = Rounds(spec.policy, spec.transforms)
-        self._copies: WeakValueDictionary[tuple[DType | None, str], Snapshot] = WeakValueDictionary()  # of this version
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
-        self._present = tuple(range(len(spec.tensors))) if spec.holds is Holds.PARAMETERS else ()
         self._pipeline = Pipeline(spec, self.layout)
         self._slots = self._pipeline.allocate()
         self._progress = self._pipeline.begin()
+        self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
         for dtype in {tensor.dtype for tensor in spec.tensors}:
             read = dtype, dtype if spec.holds is Holds.MOMENTS else None
             self._pipeline.compile_for(read, self._groups[0], self._memory(self._buffers.current))
@@ -248,26 +239,21 @@ class ParameterSet:
         """
         with self._lock:
             self._check_alive()
-            if evaluation:
-                return self._copy(dtype, self._pipeline.evaluation)
-            return self._pin() if pinned and dtype is None else self._copy(dtype)
+            if pinned and dtype is None and not evaluation:
+                return self._views.pin(self._position)
+            return self._views.copy(self._position, dtype, evaluation=evaluation)
+
+    def rows(
+        self, whole: Sequence[int], rows: Rows, dtype: DType | None = None, *, evaluation: bool = False
+    ) -> Snapshot:
+        """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
+        with self._lock:
+            self._check_alive()
+            return self._views.rows(self._position, whole, rows, dtype, evaluation=evaluation)
 
     def check_pull(self, names: Sequence[str], rows: Mapping[str, Indices], *, evaluation: bool) -> Rows:
         """The rows that a pull asks for by the tensor's index; raises TensorMismatch or InvalidTransform if it can't be had."""
-        if rows:
-            everything = range(len(self.spec.tensors)) if self.spec.holds is Holds.PARAMETERS else ()
-            check_present(self.spec, self.indices, everything, [*names, *rows])
-        for name, each in rows.items():
-            tensor = self.spec.tensors[self.indices[name]]
-            if not tensor.shape:
-                raise TensorMismatch(f"set {self.spec.id!r}: expected rows of a tensor that has some; got {tensor}")
-            check_rows(self.spec, tensor, each)
-        if evaluation and not self._pipeline.evaluation:
-            raise InvalidTransform(
-                f"set {self.spec.id!r} keeps no parameters to evaluate beside those to train: expected an average, such as "
-                "Transforms(average=EMA(0.999)), or a rule with some, such as ASGD"
-            )
-        return {self.indices[name]: each for name, each in rows.items()}
+        return self._views.check(self.indices, names, rows, evaluation=evaluation)
 
     def release(self, snapshot: Snapshot) -> None:
         """Say that a snapshot is not read any more; again does nothing."""
@@ -277,83 +263,11 @@ class ParameterSet:
 
     def snapshot_nbytes(self, dtype: DType | None) -> int:
         """Size of a copy."""
-        return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self._sized())
+        return self._views.nbytes(dtype)
 
     def rows_nbytes(self, rows: Rows, dtype: DType | None) -> int:
-        """Size of some rows."""
-        return sum(
-            len(each) * self._width(index) * narrowed(self.spec.tensors[index].dtype, dtype).itemsize
-            for index, each in rows.items()
-        )
-
-    def rows(
-        self, whole: Sequence[int], rows: Rows, dtype: DType | None = None, *, evaluation: bool = False
-    ) -> Snapshot:
-        """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
-        with self._lock:
-            self._check_alive()
-            slot = self._pipeline.evaluation if evaluation else ""
-            arena = self._slots[slot] if slot else self._buffers.current.arena
-            copied = self._copy(dtype, slot) if whole else None
-            data = [np.empty(0, np.uint8)] * len(self.spec.tensors) if copied is None else list(copied.data)
-            dtypes = [narrowed(tensor.dtype, dtype) for tensor in self.spec.tensors]
-            for index, each in rows.items():
-                data[index] = self._encoded_rows(index, each, arena, dtypes[index])
-            keys = {index: each for index, each in copied.keys.items() if index in whole} if copied is not None else {}
-            return Snapshot(self._position, (*whole, *rows), dtypes, data, keys=keys)
-
-    def _encoded_rows(self, index: int, rows: Indices, arena: Arena, dtype: DType) -> NDArray[np.uint8]:
-        spec, table = self.spec.tensors[index], self._pipeline.tables.get(index)
-        found = rows if table is None else table.find(rows)
-        data = np.empty(len(rows) * self._width(index) * dtype.itemsize, np.uint8)
-        snapshot.encode_rows(spec, self.layout, index, arena, found, data, dtype, self._threads)
-        if table is not None and (missing := found < 0).any():
-            initial = snapshot.encode_values(table.initial(rows[missing]), dtype)
-            data.reshape(len(rows), -1)[missing] = initial.reshape(int(missing.sum()), -1)
-        return data
-
-    def _width(self, index: int) -> int:
-        """Elements of a row."""
-        shape = self.spec.tensors[index].shape
-        return math.prod(shape[1:])
-
-    def _sized(self) -> list[TensorSpec]:
-        """The tensors with the rows that they have by now."""
-        tables = self._pipeline.tables
-        return [
-            replace(tensor, shape=(len(tables[index].keys), *tensor.shape[1:])) if index in tables else tensor
-            for index, tensor in enumerate(self.spec.tensors)
-        ]
-
-    def _pin(self) -> Snapshot | None:
-        if self._pipeline.tables:  # of which only a part is there
-            return None
-        buffer = self._buffers.pin()
-        if buffer is None:
-            return None
-        tensors = self.spec.tensors
-        dtypes = [tensor.dtype for tensor in tensors]
-        if not buffer.encoded:
-            halves = [index for index, dtype in enumerate(dtypes) if dtype.is_half]
-            snapshot.encode(tensors, halves, self.layout, buffer.arena, buffer.data, dtypes, self._threads)
-            buffer.encoded = True
-        return Snapshot(self._position, self._present, dtypes, buffer.data, buffer)
-
-    def _copy(self, dtype: DType | None, slot: str = "") -> Snapshot:
-        copied = self._copies.get((dtype, slot))
-        if copied is None:
-            tensors, arena = self._sized(), self._slots[slot] if slot else self._buffers.current.arena
-            dtypes = [narrowed(tensor.dtype, dtype) for tensor in tensors]
-            data = snapshot.room(tensors, dtypes)
-            tables = self._pipeline.tables
-            keys = {index: np.array(table.keys, np.int64) for index, table in tables.items()}
-            plain = [index for index in self._present if index not in tables]
-            snapshot.encode(tensors, plain, self.layout, arena, data, dtypes, self._threads)
-            for index, each in keys.items():
-                spec, every = self.spec.tensors[index], np.arange(len(each))
-                snapshot.encode_rows(spec, self.layout, index, arena, every, data[index], dtypes[index], self._threads)
-            copied = self._copies[dtype, slot] = Snapshot(self._position, self._present, dtypes, data, keys=keys)
-        return copied
+        """Size of a copy of some rows."""
+        return self._views.rows_nbytes(rows, dtype)
 
     def capture(self) -> State:
         """A copy of all that the set is; updates wait until it is taken."""
@@ -388,7 +302,7 @@ class ParameterSet:
         with self._lock:
             durable = max(version, self._position.durable_version)
             self._position = replace(self._position, durable_version=durable)
-            self._copies.clear()
+            self._views.forget()
 
     def drain(self) -> None:
         """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
@@ -402,7 +316,7 @@ class ParameterSet:
             self._deleted = True
             self._rounds.give_up(self._not_found())
             self._decided.notify_all()
-            self._copies.clear()
+            self._views.forget()
             self._buffers.clear()
             for arena in self._slots.values():
                 arena.clear()
@@ -481,7 +395,8 @@ class ParameterSet:
         """What is pulled with a push."""
         moments_only = self.spec.holds is Holds.MOMENTS
         if receipt.applied:
-            return self._pin() or (self._copy(None) if moments_only else None)
+            pinned = self._views.pin(self._position)
+            return self._views.copy(self._position, None) if pinned is None and moments_only else pinned
         return Snapshot(self._position, (), (), ()) if moments_only else None
 
     def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
@@ -543,9 +458,9 @@ class ParameterSet:
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:
             self._buffers.publish(after, draft.updated, draft.position.version)
-            self._copies.clear()
+            self._views.forget()
             if self.spec.holds is Holds.MOMENTS:
-                self._present = tuple(sorted(draft.updated))
+                self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._broken = False
 

@@ -10,7 +10,7 @@ from optserve._dtypes import DType
 from optserve._results import Position
 from optserve._rows import Indices
 from optserve._specification import ParameterSetSpec, TensorSpec
-from optserve_server.engine.arena import Arena, Layout, padded
+from optserve_server.engine.arena import Arena, Layout, Place, padded
 from optserve_server.engine.buffers import Buffer
 from optserve_server.engine.loops import encode_loop
 from optserve_server.engine.push import check_present
@@ -57,11 +57,9 @@ def encode(
 
 
 def encode_rows(
-    spec: TensorSpec, layout: Layout, index: int, arena: Arena, rows: Indices, into: NDArray[np.uint8], dtype: DType,
-    threads: Threads,
-) -> None:  # fmt: skip
+    place: Place, width: int, arena: Arena, rows: Indices, into: NDArray[np.uint8], dtype: DType, threads: Threads
+) -> None:
     """Write some rows of a tensor, one after the other; none for a negative one."""
-    place, width = layout.places[index], spec.size // spec.shape[0]
     table = np.empty((len(rows), 3), np.int64)
     table[:, 0], table[:, 1] = place.start + rows * width, width
     table[:, 2] = into.ctypes.data + np.arange(len(rows)) * width * dtype.itemsize
