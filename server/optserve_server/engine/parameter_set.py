@@ -12,14 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import DType, narrowed
-from optserve._errors import InvalidArgument, ParameterSetNotFound, Refusal, ServerBusy, ServerError, TensorMismatch
-from optserve._results import Description, GroupDescription, Position, Receipt, Summary
+from optserve._errors import (
+    InvalidArgument,
+    InvalidHyperparameter,
+    ParameterSetNotFound,
+    Refusal,
+    ServerBusy,
+    ServerError,
+    TensorMismatch,
+)
+from optserve._results import Change, Description, GroupDescription, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
 from optserve_server.engine import mean, snapshot, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, copy
 from optserve_server.engine.buffers import Allocate, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
-from optserve_server.engine.groups import TensorGroup, change, resolve
+from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop, guard_loop
 from optserve_server.engine.mean import Mean
 from optserve_server.engine.push import Declared, Push
@@ -34,6 +42,7 @@ from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Planner, Read, Update
 
 PARAMETERS = "parameters"  # name of that arena beside those of the slots
+CHANGES_KEPT = 1000
 
 
 @dataclass(slots=True)
@@ -47,9 +56,13 @@ class Draft:
     updates: list[Update] = field(default_factory=list)
     means: list[mean.Part] = field(default_factory=list)
     updated: set[int] = field(default_factory=set)
+    changes: list[Change] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last update, by group
 
-    def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
-        """Add an update."""
+    def advance(self, groups: tuple[TensorGroup, ...], evaluated: tuple[TensorGroup, ...], planned: Update) -> None:
+        """Add an update, by groups whose schedules are evaluated."""
+        self.changes += differences(self.groups, groups, self.position.version)
+        self.learning_rates = {group.name: group.optimizer.lr for group in evaluated}
         self.groups = groups
         self.position = self.position.next()
         self.updates.append(planned)
@@ -71,6 +84,10 @@ class ParameterSet:
         self.rule = rule_for(spec.optimizer)
         self.create_time = datetime.datetime.now(datetime.UTC)
         self._groups = resolve(spec)
+        self._first_groups = at(
+            self._groups, 0
+        )  # raises for a schedule that begins out of range; loops are compiled with them
+        self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._position = Position(incarnation, 0)
         self._sessions = Sessions()
         self._threads = threads
@@ -116,15 +133,11 @@ class ParameterSet:
             return Description(
                 spec=self.spec,
                 position=self._position,
-                groups=tuple(
-                    GroupDescription(
-                        group.name, tuple(self.spec.tensors[k].name for k in group.members), group.optimizer
-                    )
-                    for group in self._groups
-                ),
+                groups=tuple(map(self._describe_group, self._groups)),
                 create_time=self.create_time,
                 state_bytes=self._state_bytes,
                 element_count=self._element_count,
+                changes=tuple(self._changes),
             )
 
     def summarize(self) -> Summary:
@@ -159,7 +172,12 @@ class ParameterSet:
         """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
         with self._lock:
             self._check_alive()
-            self._groups = change(self._groups, changes)
+            version, groups = self._position.version, change(self._groups, changes)
+            for group in groups:
+                if group.name in changes:
+                    group.optimizer.at(version)  # raises for a schedule that is out of range already
+            self._changes.extend(differences(self._groups, groups, version))
+            self._groups = groups
 
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Open or resume a client's session; a push of its older stream that has begun is finished first."""
@@ -263,6 +281,7 @@ class ParameterSet:
                 position=self._position,
                 create_time=self.create_time,
                 optimizers={group.name: group.optimizer for group in self._groups},
+                changes=list(self._changes),
                 arenas={name: copy(arena) for name, arena in self._arenas().items()},
                 steps=self._steps.copy(),
                 memory=list(self._memory),
@@ -276,6 +295,7 @@ class ParameterSet:
                 np.copyto(array, state.arenas[name][compute])
         self.create_time = state.create_time
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
+        self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._steps = state.steps.copy()
         self._memory = list(state.memory)
@@ -305,6 +325,15 @@ class ParameterSet:
             self._buffers.clear()
             for arena in self._slots.values():
                 arena.clear()
+
+    def _describe_group(self, group: TensorGroup) -> GroupDescription:
+        optimizer = group.optimizer
+        try:
+            evaluated = optimizer.at(self._position.version)
+        except InvalidHyperparameter:
+            evaluated = optimizer
+        tensors = tuple(self.spec.tensors[index].name for index in group.members)
+        return GroupDescription(group.name, tensors, evaluated, optimizer.schedules)
 
     @property
     def _state_bytes(self) -> int:
@@ -380,7 +409,7 @@ class ParameterSet:
                 applied=refusal is None,
                 staleness=staleness,
                 gradient_norm=push.gradient_norm,
-                learning_rates={} if refusal else {group.name: group.optimizer.lr for group in draft.groups},
+                learning_rates={} if refusal else draft.learning_rates,
                 refusal=refusal,
             )
             for push, staleness in zip(pushes, stalenesses, strict=True)
@@ -393,12 +422,15 @@ class ParameterSet:
         if self._mean is not None and len(pushes) > 1:
             gradients, means = self._mean.plan([push.gradients for push in pushes])
         try:
-            groups = change(draft.groups, merged_changes(pushes))
-            self._check_parameters(gradients, parameters, groups)
-            planned = self._planner.plan(groups, gradients, parameters, draft.steps, draft.memory, draft.updated)
+            changes = merged_changes(pushes)
+            check_pushed(draft.groups, changes)
+            groups = change(draft.groups, changes)
+            evaluated = at(groups, draft.position.version)
+            self._check_parameters(gradients, parameters, evaluated)
+            planned = self._planner.plan(evaluated, gradients, parameters, draft.steps, draft.memory, draft.updated)
         except InvalidArgument as error:
             return Refusal.of(error)
-        draft.advance(groups, planned)
+        draft.advance(groups, evaluated, planned)
         draft.means += means
         return None
 
@@ -420,6 +452,7 @@ class ParameterSet:
             draft.steps,
             draft.memory,
         )
+        self._changes.extend(draft.changes)
         self._copies.clear()
         if self.spec.holds is Holds.MOMENTS:
             self._present = tuple(sorted(draft.updated))
@@ -437,10 +470,10 @@ class ParameterSet:
         arena, slots = self._buffers.current.arena, list(self._slots.values())
         for dtype in filter(None, read):
             guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
-        self._planner.compile(read, self._groups[0], arena, slots)
+        self._planner.compile(read, self._first_groups[0], arena, slots)
         if self._mean is not None:
             self._mean.compile(read[0])
-            self._planner.compile((mean.dtype_of(read[0]), read[1]), self._groups[0], arena, slots)
+            self._planner.compile((mean.dtype_of(read[0]), read[1]), self._first_groups[0], arena, slots)
         self._compiled.add(read)
 
     def _check_parameters(

@@ -10,14 +10,16 @@ import numpy as np
 from google.protobuf import json_format
 
 from optserve._messages import (
+    decode_change,
     decode_optimizer,
     decode_receipt,
     decode_spec,
+    encode_change,
     encode_optimizer,
     encode_receipt,
     encode_spec,
 )
-from optserve._results import Position
+from optserve._results import Change, Position
 from optserve.optim import Optimizer
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2
 from optserve_server.engine.arena import Arena
@@ -39,6 +41,7 @@ def to_json(state: State) -> str:
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
+            "changes": [json_format.MessageToDict(encode_change(each)) for each in state.changes],
             "steps": state.steps.tolist(),
             "memory": state.memory,
             "sessions": [_from_session(session) for session in state.sessions],
@@ -56,6 +59,7 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         position=Position(record["incarnation"], record["version"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
+        changes=[_to_change(each) for each in record.get("changes", ())],  # the first records had none
         arenas=arenas,
         steps=np.array(record["steps"], np.int64),
         memory=[tuple(values) for values in record["memory"]],
@@ -65,6 +69,10 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
 
 def _to_optimizer(record: Any) -> Optimizer:
     return decode_optimizer(json_format.ParseDict(record, optimizer_pb2.Optimizer()))
+
+
+def _to_change(record: Any) -> Change:
+    return decode_change(json_format.ParseDict(record, optimizer_pb2.Change()))
 
 
 def _from_session(session: Session) -> dict[str, Any]:
