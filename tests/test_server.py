@@ -359,6 +359,7 @@ def test_the_command_line_operates_a_running_server(tmp_path: Path) -> None:
         assert changed.stdout == "digits/mlp: lr, betas, maximize changed after version 1\n"
         described = optserve_command("describe", "digits/mlp", *at).stdout
         assert "betas=(0.8, 0.99)" in " ".join(described.split())
+        assert "the last of 1 changes" in described
         assert (
             optserve_command("checkpoint", "digits/mlp", *at).stdout == "digits/mlp: version 1 is on stable storage\n"
         )

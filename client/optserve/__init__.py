@@ -1,6 +1,6 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
-from optserve import formats, optim
+from optserve import formats, optim, schedules
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
 from optserve._errors import (
@@ -41,7 +41,17 @@ from optserve._errors import (
 )
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
-from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
+from optserve._results import (
+    Change,
+    Description,
+    Durability,
+    GroupDescription,
+    Outcome,
+    Parameters,
+    Position,
+    Receipt,
+    Summary,
+)
 from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._transforms import (
@@ -61,6 +71,7 @@ __all__ = [
     "EMA",
     "SWA",
     "Async",
+    "Change",
     "Client",
     "ClientClosed",
     "ClipAdaptive",
@@ -126,6 +137,7 @@ __all__ = [
     "formats",
     "keep_freed_memory",
     "optim",
+    "schedules",
 ]
 
 for _name in __all__:

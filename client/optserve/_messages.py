@@ -17,7 +17,7 @@ from optserve._errors import (
     Refusal,
 )
 from optserve._policies import Async, Policy, Sync
-from optserve._results import Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Constant, Initial, Normal, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._transforms import (
@@ -37,7 +37,10 @@ from optserve._transforms import (
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.optim._optimizer import as_number
+from optserve.schedules import Schedule, from_arguments
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2, transforms_pb2
+
+LARGEST_SCHEDULE = 1024  # bytes; 1000 changes, of every hyperparameter each, fit into a message
 
 _ENCODINGS = {
     type(None): tensor_pb2.ENCODING_UNSPECIFIED,
@@ -88,16 +91,20 @@ def encode_value(value: Any) -> optimizer_pb2.Value:
             return optimizer_pb2.Value(text=value)
         case list() | tuple():
             return optimizer_pb2.Value(list=optimizer_pb2.ValueList(values=map(encode_value, value)))
+        case Schedule():
+            return optimizer_pb2.Value(schedule=encode_schedule(value))
     raise InvalidHyperparameter(
-        f"expected a number, a flag, a text, a list of these, or None; got {type(value).__name__}: {value!r}"
+        f"expected a number, a flag, a text, a list of these, a schedule, or None; got {type(value).__name__}: {value!r}"
     )
 
 
 def decode_value(message: optimizer_pb2.Value) -> Any:
-    """A hyperparameter's value from its message; an empty message is None."""
+    """A hyperparameter's value from its message; an empty message is None. Raises InvalidHyperparameter for a schedule."""
     match message.WhichOneof("kind"):
         case "list":
             return [decode_value(value) for value in message.list.values]
+        case "schedule":
+            return decode_schedule(message.schedule)
         case None | "null":
             return None
         case kind:
@@ -112,6 +119,16 @@ def encode_values(values: Mapping[str, Any]) -> dict[str, optimizer_pb2.Value]:
 def decode_values(messages: Mapping[str, optimizer_pb2.Value]) -> dict[str, Any]:
     """Hyperparameters by name from their messages."""
     return {name: decode_value(message) for name, message in messages.items()}
+
+
+def encode_schedule(schedule: Schedule) -> optimizer_pb2.Schedule:
+    """A schedule as a message; raises InvalidHyperparameter if it is too large to travel."""
+    return _bounded(optimizer_pb2.Schedule(name=type(schedule).__name__, arguments=encode_values(schedule.arguments)))
+
+
+def decode_schedule(message: optimizer_pb2.Schedule) -> Schedule:
+    """A schedule from its message; raises InvalidHyperparameter."""
+    return from_arguments(message.name, decode_values(_bounded(message).arguments))
 
 
 def encode_optimizer(optimizer: Optimizer) -> optimizer_pb2.Optimizer:
@@ -142,6 +159,20 @@ def decode_changes(messages: Iterable[optimizer_pb2.GroupHyperparameters]) -> di
     for message in messages:
         changes.setdefault(message.group or Group.DEFAULT, {}).update(decode_values(message.hyperparameters))
     return changes
+
+
+def encode_change(change: Change) -> optimizer_pb2.Change:
+    """A change that was made as a message."""
+    return optimizer_pb2.Change(
+        version=change.version, group=change.group, hyperparameters=encode_values(change.values)
+    )
+
+
+def decode_change(message: optimizer_pb2.Change) -> Change:
+    """A change that was made from its message."""
+    values = decode_values(message.hyperparameters)
+    in_force = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Change(message.version, message.group, in_force)
 
 
 def encode_tensors(tensors: Sequence[TensorSpec]) -> list[tensor_pb2.TensorSpec]:
@@ -284,12 +315,16 @@ def encode_description(description: Description) -> parameter_set_pb2.ParameterS
         position=encode_position(description.position),
         groups=[
             parameter_set_pb2.GroupState(
-                name=group.name, tensors=group.tensors, optimizer=encode_optimizer(group.optimizer)
+                name=group.name,
+                tensors=group.tensors,
+                optimizer=encode_optimizer(group.optimizer),
+                schedules={name: encode_schedule(schedule) for name, schedule in group.schedules.items()},
             )
             for group in description.groups
         ],
         state_bytes=description.state_bytes,
         element_count=description.element_count,
+        changes=map(encode_change, description.changes),
     )
     message.create_time.FromDatetime(description.create_time)
     return message
@@ -301,12 +336,18 @@ def decode_description(message: parameter_set_pb2.ParameterSet) -> Description:
         spec=decode_spec(message.spec),
         position=decode_position(message.position),
         groups=tuple(
-            GroupDescription(group.name, tuple(group.tensors), decode_optimizer(group.optimizer))
+            GroupDescription(
+                group.name,
+                tuple(group.tensors),
+                decode_optimizer(group.optimizer),
+                {name: decode_schedule(schedule) for name, schedule in group.schedules.items()},
+            )
             for group in message.groups
         ),
         create_time=message.create_time.ToDatetime(datetime.UTC),
         state_bytes=message.state_bytes,
         element_count=message.element_count,
+        changes=tuple(map(decode_change, message.changes)),
     )
 
 
@@ -337,6 +378,14 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
         state_bytes=message.state_bytes,
         create_time=message.create_time.ToDatetime(datetime.UTC),
     )
+
+
+def _bounded(message: optimizer_pb2.Schedule) -> optimizer_pb2.Schedule:
+    if (size := message.ByteSize()) > LARGEST_SCHEDULE:
+        raise InvalidHyperparameter(
+            f"expected a schedule of at most {LARGEST_SCHEDULE} bytes, some 50 boundaries; got {message.name} of {size}"
+        )
+    return message
 
 
 def _encode_policy(policy: Policy) -> policy_pb2.Policy:

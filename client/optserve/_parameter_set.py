@@ -95,8 +95,8 @@ class ParameterSet:
 
         A tensor without a gradient is left alone; so are the other rows of one whose gradient is a `RowSparse`. `parameters`
         are the caller's current ones, for weight decay in a set that holds moments only. `hyperparameters`, by group and name,
-        change with this push and stay changed: `{"default": {"lr": 1e-4}}`. `loss_scale` is what the loss was multiplied by;
-        the server divides gradients by it.
+        change with this push and stay changed: `{"default": {"lr": 1e-4}}`; what follows a schedule takes no other value from
+        a push. `loss_scale` is what the loss was multiplied by; the server divides gradients by it.
 
         Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
         which case nothing changed; OutcomeUnknown if no receipt came in time. With transforms, a push may also be accumulated
@@ -158,9 +158,10 @@ class ParameterSet:
         return self._session.settle()
 
     def update(self, *, group: str = Group.DEFAULT, **hyperparameters: Any) -> Description:
-        """Change hyperparameters of a group for every worker, from the next update on.
+        """Change hyperparameters of a group for every worker, from the next update on, to values or to schedules.
 
-        Raises InvalidGroup or InvalidHyperparameter; then nothing changed.
+        What is given for a hyperparameter that follows a schedule replaces the schedule. Raises InvalidGroup or
+        InvalidHyperparameter; then nothing changed.
         """
         changes = encode_changes({group: hyperparameters})
         request = pb.UpdateParameterSetRequest(id=self.id, hyperparameters=changes)

@@ -12,6 +12,7 @@ from optserve._errors import Refusal
 from optserve._rows import RowSparse
 from optserve._specification import Holds, ParameterSetSpec
 from optserve.optim import Group, Optimizer
+from optserve.schedules import Schedule
 
 
 class Outcome(enum.IntEnum):
@@ -129,16 +130,33 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class GroupDescription:
-    """A group as it is now: its tensors and its optimizer with the values that the next update uses."""
+    """A group as it is now: its tensors and its optimizer with the values that the next update uses.
+
+    `schedules` are those that hyperparameters follow, by name. If they have left the values allowed, so that the next update
+    would be refused, they stand in the optimizer themselves.
+    """
 
     name: str
     tensors: tuple[str, ...]
     optimizer: Optimizer
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """New values of a group, given by `update` or with a push, after `version` updates: the next one used them first."""
+
+    version: int
+    group: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A parameter set as it is now."""
+    """A parameter set as it is now, and in `changes` what was changed of its hyperparameters, the last 1000 in order.
+
+    What schedules do is no change: it follows from the version.
+    """
 
     spec: ParameterSetSpec
     position: Position
@@ -146,6 +164,7 @@ class Description:
     create_time: datetime.datetime
     state_bytes: int
     element_count: int
+    changes: tuple[Change, ...] = ()
 
     @property
     def id(self) -> str:

@@ -1,7 +1,7 @@
 """The command line: `optserve serve`, `optserve demo`, and what an operator asks of a running server."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +22,7 @@ from optserve_server.server import Server
 app = typer.Typer(help="The optimizer step as a service.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULT = Config()
+CHANGES_SHOWN = 10
 OptimizerName = StrEnum("OptimizerName", {name: name for name in LEARNING_RATES})  # type: ignore[misc]
 DEFAULT_OPTIMIZER = OptimizerName("Adam")
 
@@ -147,8 +148,14 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
         tensors.add_row(tensor.name, tensor.dtype.name, str(list(tensor.shape)), groups[tensor.name])
     console.print(tensors)
     for group in description.groups:
-        values = ", ".join(f"{name}={value}" for name, value in group.optimizer.hyperparameters.items())
-        console.print(f"{group.name}: {group.optimizer.rule}({values})")
+        console.print(f"{group.name}: {group.optimizer.rule}({_assignments(group.optimizer.hyperparameters)})")
+        for name, schedule in group.schedules.items():
+            console.print(f"{group.name}: {name} follows {schedule}")
+    if description.changes:
+        changes = Table("changed after version", "group", "to", title=f"the last of {len(description.changes)} changes")
+        for change in description.changes[-CHANGES_SHOWN:]:
+            changes.add_row(f"{change.version:,}", change.group, _assignments(change.values))
+        console.print(changes)
 
 
 @app.command("set")
@@ -223,6 +230,10 @@ def _reported(*expected: type[Exception], hint: str = "") -> Iterator[None]:
     except expected as error:
         typer.echo(f"optserve: {error}" + (f"; {hint}" if hint else ""), err=True)
         raise typer.Exit(1) from None
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 from optserve._errors import InvalidHyperparameter, InvalidRule
+from optserve.schedules import Schedule
 
 Kind = TypeVar("Kind", bound="Optimizer")
 T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
@@ -57,6 +58,13 @@ class Hyperparameter:
             )
         return value
 
+    def check_schedule(self, name: str, schedule: Schedule, default: Any) -> None:
+        """Raises InvalidHyperparameter if the values of a schedule could never be this hyperparameter's."""
+        if not (self.live and isinstance(default, float)):
+            raise InvalidHyperparameter(
+                f"expected {name} to be a value: only numbers that may change live follow a schedule; got {schedule!r}"
+            )
+
 
 def hyperparameter(
     default: T, documentation: str, *, maximum: float = math.inf, below: float = math.inf, live: bool = True
@@ -100,7 +108,10 @@ EPS = "ε, added to the denominator so that it is never zero."
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A rule and its hyperparameters; raises InvalidHyperparameter for a value of the wrong type or out of range."""
+    """A rule and its hyperparameters; raises InvalidHyperparameter for a value of the wrong type or out of range.
+
+    A number that may change live may also be a schedule (`optserve.schedules`).
+    """
 
     own_weight_decay: ClassVar[bool] = False  # whether the rule decays in a way of its own
 
@@ -116,7 +127,11 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         for name, described, default in self.described():
-            object.__setattr__(self, name, described.check(name, getattr(self, name), default))
+            value = getattr(self, name)
+            if isinstance(value, Schedule):
+                described.check_schedule(name, value, default)
+            else:
+                object.__setattr__(self, name, described.check(name, value, default))
 
     @classmethod
     def described(cls) -> Iterator[tuple[str, Hyperparameter, Any]]:
@@ -138,6 +153,26 @@ class Optimizer:
     def hyperparameters(self) -> dict[str, Any]:
         """All hyperparameters by name."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules that hyperparameters follow, by the hyperparameter's name."""
+        return {name: value for name, value in self.hyperparameters.items() if isinstance(value, Schedule)}
+
+    def at(self, count: int) -> Self:
+        """The optimizer of the update that comes after `count` others: schedules give way to their values.
+
+        Raises InvalidHyperparameter if those are out of range.
+        """
+        if not self.schedules:
+            return self
+        try:
+            return self.replace(**{name: schedule(count) for name, schedule in self.schedules.items()})
+        except InvalidHyperparameter as error:
+            followed = ", ".join(f"{name} follows {schedule}" for name, schedule in self.schedules.items())
+            raise InvalidHyperparameter(
+                f"after {count} updates: {error}, where {followed}. Use update() to replace it"
+            ) from None
 
     def replace(self, /, **changes: Any) -> Self:
         """The same rule with some values changed; raises InvalidHyperparameter."""

@@ -25,37 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xab\x01\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x11\n\x07\x62oolean\x18\x03 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04list\x18\x05 \x01(\x0b\x32\x16.optserve.v1.ValueListH\x00\x12*\n\x04null\x18\x06 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x42\x06\n\x04kind\"/\n\tValueList\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.optserve.v1.Value\"\xab\x01\n\tOptimizer\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x44\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32+.optserve.v1.Optimizer.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\xb4\x01\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12@\n\x0fhyperparameters\x18\x03 \x03(\x0b\x32\'.optserve.v1.Group.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\xc2\x01\n\x14GroupHyperparameters\x12\r\n\x05group\x18\x01 \x01(\t\x12O\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32\x36.optserve.v1.GroupHyperparameters.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\x97\x01\n\x0fRuleDescription\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12?\n\x0fhyperparameters\x18\x04 \x03(\x0b\x32&.optserve.v1.HyperparameterDescription\x12\r\n\x05slots\x18\x05 \x03(\t\"y\n\x19HyperparameterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\rdefault_value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12\x0c\n\x04live\x18\x04 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xd6\x01\n\x05Value\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x11\n\x07\x62oolean\x18\x03 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04list\x18\x05 \x01(\x0b\x32\x16.optserve.v1.ValueListH\x00\x12*\n\x04null\x18\x06 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12)\n\x08schedule\x18\x07 \x01(\x0b\x32\x15.optserve.v1.ScheduleH\x00\x42\x06\n\x04kind\"\x97\x01\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x37\n\targuments\x18\x02 \x03(\x0b\x32$.optserve.v1.Schedule.ArgumentsEntry\x1a\x44\n\x0e\x41rgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"/\n\tValueList\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.optserve.v1.Value\"\xab\x01\n\tOptimizer\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x44\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32+.optserve.v1.Optimizer.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\xb4\x01\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12@\n\x0fhyperparameters\x18\x03 \x03(\x0b\x32\'.optserve.v1.Group.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\xc2\x01\n\x14GroupHyperparameters\x12\r\n\x05group\x18\x01 \x01(\t\x12O\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32\x36.optserve.v1.GroupHyperparameters.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\xb7\x01\n\x06\x43hange\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05group\x18\x02 \x01(\t\x12\x41\n\x0fhyperparameters\x18\x03 \x03(\x0b\x32(.optserve.v1.Change.HyperparametersEntry\x1aJ\n\x14HyperparametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value:\x02\x38\x01\"\x97\x01\n\x0fRuleDescription\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12?\n\x0fhyperparameters\x18\x04 \x03(\x0b\x32&.optserve.v1.HyperparameterDescription\x12\r\n\x05slots\x18\x05 \x03(\t\"y\n\x19HyperparameterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\rdefault_value\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Value\x12\x15\n\rdocumentation\x18\x03 \x01(\t\x12\x0c\n\x04live\x18\x04 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.optimizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SCHEDULE_ARGUMENTSENTRY']._loaded_options = None
+  _globals['_SCHEDULE_ARGUMENTSENTRY']._serialized_options = b'8\001'
   _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._loaded_options = None
   _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_GROUP_HYPERPARAMETERSENTRY']._loaded_options = None
   _globals['_GROUP_HYPERPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._loaded_options = None
   _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_CHANGE_HYPERPARAMETERSENTRY']._loaded_options = None
+  _globals['_CHANGE_HYPERPARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_VALUE']._serialized_start=75
-  _globals['_VALUE']._serialized_end=246
-  _globals['_VALUELIST']._serialized_start=248
-  _globals['_VALUELIST']._serialized_end=295
-  _globals['_OPTIMIZER']._serialized_start=298
-  _globals['_OPTIMIZER']._serialized_end=469
-  _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._serialized_start=395
-  _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._serialized_end=469
-  _globals['_GROUP']._serialized_start=472
-  _globals['_GROUP']._serialized_end=652
-  _globals['_GROUP_HYPERPARAMETERSENTRY']._serialized_start=395
-  _globals['_GROUP_HYPERPARAMETERSENTRY']._serialized_end=469
-  _globals['_GROUPHYPERPARAMETERS']._serialized_start=655
-  _globals['_GROUPHYPERPARAMETERS']._serialized_end=849
-  _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._serialized_start=395
-  _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._serialized_end=469
-  _globals['_RULEDESCRIPTION']._serialized_start=852
-  _globals['_RULEDESCRIPTION']._serialized_end=1003
-  _globals['_HYPERPARAMETERDESCRIPTION']._serialized_start=1005
-  _globals['_HYPERPARAMETERDESCRIPTION']._serialized_end=1126
+  _globals['_VALUE']._serialized_end=289
+  _globals['_SCHEDULE']._serialized_start=292
+  _globals['_SCHEDULE']._serialized_end=443
+  _globals['_SCHEDULE_ARGUMENTSENTRY']._serialized_start=375
+  _globals['_SCHEDULE_ARGUMENTSENTRY']._serialized_end=443
+  _globals['_VALUELIST']._serialized_start=445
+  _globals['_VALUELIST']._serialized_end=492
+  _globals['_OPTIMIZER']._serialized_start=495
+  _globals['_OPTIMIZER']._serialized_end=666
+  _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._serialized_start=592
+  _globals['_OPTIMIZER_HYPERPARAMETERSENTRY']._serialized_end=666
+  _globals['_GROUP']._serialized_start=669
+  _globals['_GROUP']._serialized_end=849
+  _globals['_GROUP_HYPERPARAMETERSENTRY']._serialized_start=592
+  _globals['_GROUP_HYPERPARAMETERSENTRY']._serialized_end=666
+  _globals['_GROUPHYPERPARAMETERS']._serialized_start=852
+  _globals['_GROUPHYPERPARAMETERS']._serialized_end=1046
+  _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._serialized_start=592
+  _globals['_GROUPHYPERPARAMETERS_HYPERPARAMETERSENTRY']._serialized_end=666
+  _globals['_CHANGE']._serialized_start=1049
+  _globals['_CHANGE']._serialized_end=1232
+  _globals['_CHANGE_HYPERPARAMETERSENTRY']._serialized_start=592
+  _globals['_CHANGE_HYPERPARAMETERSENTRY']._serialized_end=666
+  _globals['_RULEDESCRIPTION']._serialized_start=1235
+  _globals['_RULEDESCRIPTION']._serialized_end=1386
+  _globals['_HYPERPARAMETERDESCRIPTION']._serialized_start=1388
+  _globals['_HYPERPARAMETERDESCRIPTION']._serialized_end=1509
 # @@protoc_insertion_point(module_scope)

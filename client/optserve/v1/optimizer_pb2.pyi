@@ -8,20 +8,37 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Value(_message.Message):
-    __slots__ = ("number", "integer", "boolean", "text", "list", "null")
+    __slots__ = ("number", "integer", "boolean", "text", "list", "null", "schedule")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
     BOOLEAN_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LIST_FIELD_NUMBER: _ClassVar[int]
     NULL_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     number: float
     integer: int
     boolean: bool
     text: str
     list: ValueList
     null: _struct_pb2.NullValue
-    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., boolean: bool = ..., text: _Optional[str] = ..., list: _Optional[_Union[ValueList, _Mapping]] = ..., null: _Optional[_Union[_struct_pb2.NullValue, str]] = ...) -> None: ...
+    schedule: Schedule
+    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., boolean: bool = ..., text: _Optional[str] = ..., list: _Optional[_Union[ValueList, _Mapping]] = ..., null: _Optional[_Union[_struct_pb2.NullValue, str]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("name", "arguments")
+    class ArgumentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    arguments: _containers.MessageMap[str, Value]
+    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class ValueList(_message.Message):
     __slots__ = ("values",)
@@ -75,6 +92,23 @@ class GroupHyperparameters(_message.Message):
     group: str
     hyperparameters: _containers.MessageMap[str, Value]
     def __init__(self, group: _Optional[str] = ..., hyperparameters: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+
+class Change(_message.Message):
+    __slots__ = ("version", "group", "hyperparameters")
+    class HyperparametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    group: str
+    hyperparameters: _containers.MessageMap[str, Value]
+    def __init__(self, version: _Optional[int] = ..., group: _Optional[str] = ..., hyperparameters: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class RuleDescription(_message.Message):
     __slots__ = ("rule", "summary", "documentation", "hyperparameters", "slots")

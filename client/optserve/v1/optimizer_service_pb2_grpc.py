@@ -148,8 +148,8 @@ class OptimizerServiceServicer(object):
         Message order: see StepRequest and StepResponse.
         A push that is refused (INVALID_ARGUMENT kinds) is answered by a receipt and the stream goes on. The stream itself
         ends with: NOT_FOUND (no such set, or deleted), FAILED_PRECONDITION (message order, sequence gap), ABORTED (the
-        session was taken over), INVALID_ARGUMENT (a sequence sent again with other gradients; ill-formed names or tensors),
-        RESOURCE_EXHAUSTED (too many streams, too many bytes in flight), UNAVAILABLE (the server is draining).
+        session was taken over), INVALID_ARGUMENT (a sequence sent again with other gradients; ill-formed names, tensors or
+        schedules), RESOURCE_EXHAUSTED (too many streams, too many bytes in flight), UNAVAILABLE (the server is draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -122,27 +122,38 @@ class ParameterSetSummary(_message.Message):
     def __init__(self, id: _Optional[str] = ..., rule: _Optional[str] = ..., holds: _Optional[_Union[Holds, str]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., tensor_count: _Optional[int] = ..., element_count: _Optional[int] = ..., state_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class GroupState(_message.Message):
-    __slots__ = ("name", "tensors", "optimizer")
+    __slots__ = ("name", "tensors", "optimizer", "schedules")
+    class SchedulesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _optimizer_pb2.Schedule
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_optimizer_pb2.Schedule, _Mapping]] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     name: str
     tensors: _containers.RepeatedScalarFieldContainer[str]
     optimizer: _optimizer_pb2.Optimizer
-    def __init__(self, name: _Optional[str] = ..., tensors: _Optional[_Iterable[str]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ...) -> None: ...
+    schedules: _containers.MessageMap[str, _optimizer_pb2.Schedule]
+    def __init__(self, name: _Optional[str] = ..., tensors: _Optional[_Iterable[str]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., schedules: _Optional[_Mapping[str, _optimizer_pb2.Schedule]] = ...) -> None: ...
 
 class ParameterSet(_message.Message):
-    __slots__ = ("spec", "position", "groups", "create_time", "state_bytes", "element_count")
+    __slots__ = ("spec", "position", "groups", "create_time", "state_bytes", "element_count", "changes")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     spec: ParameterSetSpec
     position: Position
     groups: _containers.RepeatedCompositeFieldContainer[GroupState]
     create_time: _timestamp_pb2.Timestamp
     state_bytes: int
     element_count: int
-    def __init__(self, spec: _Optional[_Union[ParameterSetSpec, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_bytes: _Optional[int] = ..., element_count: _Optional[int] = ...) -> None: ...
+    changes: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.Change]
+    def __init__(self, spec: _Optional[_Union[ParameterSetSpec, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_bytes: _Optional[int] = ..., element_count: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[_optimizer_pb2.Change, _Mapping]]] = ...) -> None: ...

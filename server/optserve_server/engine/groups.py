@@ -1,11 +1,12 @@
 """Groups: which tensor follows which hyperparameters, now."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from optserve._errors import InvalidGroup, InvalidHyperparameter
+from optserve._results import Change
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Group, Optimizer
 from optserve_server.engine.rules import Rule, TensorRule, rule_for
@@ -72,6 +73,38 @@ def change(groups: tuple[TensorGroup, ...], changes: Mapping[str, Mapping[str, A
         )
         for group in groups
     )
+
+
+def check_pushed(groups: tuple[TensorGroup, ...], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises InvalidHyperparameter if a push would take a hyperparameter from the schedule that it follows."""
+    for group in groups if changes else ():
+        values = changes.get(group.name, {})
+        for name, schedule in group.optimizer.schedules.items():
+            if values.get(name, schedule) != schedule:
+                raise InvalidHyperparameter(
+                    f"expected no {name} in a push to group {group.name!r}: {name} follows a schedule on the server; got "
+                    f"{values[name]!r}. Leave it out, or use update() to replace {schedule!r}"
+                )
+
+
+def differences(before: tuple[TensorGroup, ...], after: tuple[TensorGroup, ...], version: int) -> list[Change]:
+    """What `change` has changed, after that many updates."""
+    if before is after:
+        return []
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        present = old.optimizer.hyperparameters
+        values = {name: value for name, value in new.optimizer.hyperparameters.items() if value != present[name]}
+        if values:
+            changes.append(Change(version, new.name, values))
+    return changes
+
+
+def at(groups: tuple[TensorGroup, ...], count: int) -> tuple[TensorGroup, ...]:
+    """The groups of the update that comes after `count` others; raises InvalidHyperparameter for a schedule out of range."""
+    if not any(group.optimizer.schedules for group in groups):
+        return groups
+    return tuple(replace(group, optimizer=group.optimizer.at(count)) for group in groups)
 
 
 def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule | TensorRule) -> Optimizer:

@@ -12,12 +12,13 @@ import numpy as np
 from optserve._dtypes import DType
 from optserve._errors import (
     InvalidArgument,
+    InvalidHyperparameter,
     ParameterSetNotFound,
     Refusal,
     ServerBusy,
     ServerError,
 )
-from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import SkipNonFinite
@@ -25,7 +26,7 @@ from optserve_server.engine import update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
-from optserve_server.engine.groups import TensorGroup, change, resolve
+from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop
 from optserve_server.engine.pipeline import Pipeline, Progress
 from optserve_server.engine.push import Declared, Push
@@ -39,6 +40,7 @@ from optserve_server.engine.update import Arenas, Update
 from optserve_server.engine.views import Rows, Views
 
 PARAMETERS, GRADIENT = "parameters", "transform:gradient"  # names of these arenas beside those of the slots
+CHANGES_KEPT = 1000
 
 
 @dataclass(slots=True)
@@ -50,9 +52,13 @@ class Draft:
     progress: Progress
     updates: list[Update] = field(default_factory=list)
     updated: set[int] = field(default_factory=set)
+    changes: list[Change] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last update, by group
 
-    def advance(self, groups: tuple[TensorGroup, ...], planned: Update) -> None:
-        """Add an update."""
+    def advance(self, groups: tuple[TensorGroup, ...], evaluated: tuple[TensorGroup, ...], planned: Update) -> None:
+        """Add an update, by groups whose schedules are evaluated."""
+        self.changes += differences(self.groups, groups, self.position.version)
+        self.learning_rates = {group.name: group.optimizer.lr for group in evaluated}
         self.groups = groups
         self.position = self.position.next()
         self.updates.append(planned)
@@ -64,6 +70,7 @@ class Draft:
 
     def accumulate(self, groups: tuple[TensorGroup, ...], planned: Update, tensors: Iterable[int]) -> None:
         """Add pushes to those that will make an update together."""
+        self.changes += differences(self.groups, groups, self.position.version)
         self.groups = groups
         self.updates.append(planned)
         self.progress.accumulated += 1
@@ -82,6 +89,8 @@ class ParameterSet:
         self.indices = {tensor.name: index for index, tensor in enumerate(spec.tensors)}
         self.create_time = datetime.datetime.now(datetime.UTC)
         self._groups = resolve(spec)
+        self._first_groups = at(self._groups, 0)  # for compiling loops; raises for a schedule that begins out of range
+        self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._position = Position(incarnation, 0)
         self._sessions = Sessions()
         self._threads = threads
@@ -99,7 +108,7 @@ class ParameterSet:
         self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
         for dtype in {tensor.dtype for tensor in spec.tensors}:
             read = dtype, dtype if spec.holds is Holds.MOMENTS else None
-            self._pipeline.compile_for(read, self._groups[0], self._memory(self._buffers.current))
+            self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
             encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
 
     @property
@@ -123,15 +132,11 @@ class ParameterSet:
             return Description(
                 spec=self.spec,
                 position=self._position,
-                groups=tuple(
-                    GroupDescription(
-                        group.name, tuple(self.spec.tensors[k].name for k in group.members), group.optimizer
-                    )
-                    for group in self._groups
-                ),
+                groups=tuple(map(self._describe_group, self._groups)),
                 create_time=self.create_time,
                 state_bytes=self._state_bytes,
                 element_count=self._element_count,
+                changes=tuple(self._changes),
             )
 
     def summarize(self) -> Summary:
@@ -168,7 +173,12 @@ class ParameterSet:
         """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
         with self._lock:
             self._check_alive()
-            self._groups = change(self._groups, changes)
+            version, groups = self._position.version, change(self._groups, changes)
+            for group in groups:
+                if group.name in changes:
+                    group.optimizer.at(version)  # raises for a schedule that is out of range already
+            self._changes.extend(differences(self._groups, groups, version))
+            self._groups = groups
 
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Open or resume a client's session; a push of its older stream that has begun is finished first."""
@@ -199,7 +209,7 @@ class ParameterSet:
             loss_scale=loss_scale,
         )
         # What gradients travel as is not known before. Nor should others wait for a compiler.
-        self._pipeline.compile(push, self._groups[0], self._memory(self._buffers.current))
+        self._pipeline.compile(push, self._first_groups[0], self._memory(self._buffers.current))
         return push
 
     def push(
@@ -278,6 +288,7 @@ class ParameterSet:
                 position=self._position,
                 create_time=self.create_time,
                 optimizers={group.name: group.optimizer for group in self._groups},
+                changes=list(self._changes),
                 arenas={name: copy(arena) for name, arena in self._arenas().items()},
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
@@ -290,6 +301,7 @@ class ParameterSet:
             assign(arena, state.arenas[name])
         self.create_time = state.create_time
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
+        self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions)
@@ -320,6 +332,15 @@ class ParameterSet:
             self._buffers.clear()
             for arena in self._slots.values():
                 arena.clear()
+
+    def _describe_group(self, group: TensorGroup) -> GroupDescription:
+        optimizer = group.optimizer
+        try:
+            evaluated = optimizer.at(self._position.version)
+        except InvalidHyperparameter:
+            evaluated = optimizer
+        tensors = tuple(self.spec.tensors[index].name for index in group.members)
+        return GroupDescription(group.name, tensors, evaluated, optimizer.schedules)
 
     @property
     def _state_bytes(self) -> int:
@@ -412,9 +433,7 @@ class ParameterSet:
                 outcome=outcome,
                 staleness=staleness,
                 gradient_norm=push.gradient_norm,
-                learning_rates=(
-                    {group.name: group.optimizer.lr for group in draft.groups} if outcome is Outcome.APPLIED else {}
-                ),
+                learning_rates=draft.learning_rates if outcome is Outcome.APPLIED else {},
                 refusal=refusal,
             )
             for push, staleness in zip(pushes, stalenesses, strict=True)
@@ -426,14 +445,17 @@ class ParameterSet:
             if push.refusal is not None:
                 return self._pass_over(draft, push), push.refusal
         try:
-            groups = change(draft.groups, merged_changes(pushes))
-            planned = self._pipeline.plan(groups, draft.progress, pushes, draft.updated)
+            changes = merged_changes(pushes)
+            check_pushed(draft.groups, changes)
+            groups = change(draft.groups, changes)
+            evaluated = at(groups, draft.position.version)
+            planned = self._pipeline.plan(evaluated, draft.progress, pushes, draft.updated)
         except InvalidArgument as error:
             return Outcome.REFUSED, Refusal.of(error)
         if not planned.memories:
             draft.accumulate(groups, planned, pushes[0].gradients)
             return Outcome.ACCUMULATED, None
-        draft.advance(groups, planned)
+        draft.advance(groups, evaluated, planned)
         return Outcome.APPLIED, None
 
     def _pass_over(self, draft: Draft, push: Push) -> Outcome:
@@ -462,6 +484,7 @@ class ParameterSet:
             if self.spec.holds is Holds.MOMENTS:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
+        self._changes.extend(draft.changes)
         self._broken = False
 
 

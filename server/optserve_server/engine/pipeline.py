@@ -90,7 +90,7 @@ class Pipeline:
 
     def allocate(self) -> dict[str, Arena]:
         """The slots of a new set; those that begin as the parameters do not yet."""
-        initial = self.rule.initial(self._spec.optimizer)
+        initial = self.rule.initial(self._spec.optimizer.at(0))
         slots = {name: layout.allocate() for name, layout in self.slots.items()}
         for name, value in initial.items():
             for index, place in enumerate(self.slots[name].places):
@@ -223,7 +223,7 @@ class Pipeline:
             table.check_room(int(new.sum()))
             found[new] = len(table.keys) + np.arange(new.sum())
             sparse[index] = SparseGradient(found, sparse[index].values)
-            fills = self.rule.initial(self._spec.optimizer)
+            fills = self.rule.initial(self._spec.optimizer.at(0))
             work.append(NewRows(table, keys[new], index, self._layout, self.slots, fills))
         return sparse, work
 

@@ -3,7 +3,7 @@
 import datetime
 from dataclasses import dataclass, field
 
-from optserve._results import Position
+from optserve._results import Change, Position
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Optimizer
 from optserve_server.engine.arena import Arena
@@ -15,15 +15,16 @@ from optserve_server.engine.sessions import Session
 class State:
     """A set at a position.
 
-    `optimizers` holds the hyperparameters in force by group; `arenas` the parameters (absent in a set that holds moments
-    only), the slots by name and the mean that pushes accumulate in; `sessions` who has pushed what;
-    `keys` those of each table, by its index, in the order of its rows.
+    `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be; `arenas` the
+    parameters (absent in a set that holds moments only), the slots by name and the mean that pushes accumulate in; `sessions`
+    who has pushed what; `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
     position: Position
     create_time: datetime.datetime
     optimizers: dict[str, Optimizer]
+    changes: list[Change]
     arenas: dict[str, Arena]
     progress: Progress
     sessions: list[Session]

@@ -11,14 +11,16 @@ from google.protobuf import json_format
 
 from optserve._errors import InvalidArgument
 from optserve._messages import (
+    decode_change,
     decode_optimizer,
     decode_receipt,
     decode_spec,
+    encode_change,
     encode_optimizer,
     encode_receipt,
     encode_spec,
 )
-from optserve._results import Position
+from optserve._results import Change, Position
 from optserve.optim import Optimizer
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2
 from optserve_server.engine.arena import Arena
@@ -26,7 +28,7 @@ from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Session
 from optserve_server.engine.state import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 def to_json(state: State) -> str:
@@ -41,6 +43,7 @@ def to_json(state: State) -> str:
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
+            "changes": [json_format.MessageToDict(encode_change(each)) for each in state.changes],
             "progress": _from_progress(state.progress),
             "keys": list(state.keys.items()),
             "sessions": [_from_session(session) for session in state.sessions],
@@ -66,6 +69,7 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         position=Position(record["incarnation"], record["version"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
+        changes=[_to_change(each) for each in record["changes"]],
         arenas=arenas,
         progress=_to_progress(record["progress"]),
         keys=dict(record["keys"]),
@@ -97,6 +101,10 @@ def _to_progress(record: Any) -> Progress:
         accumulating=tuple(record["accumulating"]),
         skipped=record["skipped"],
     )
+
+
+def _to_change(record: Any) -> Change:
+    return decode_change(json_format.ParseDict(record, optimizer_pb2.Change()))
 
 
 def _from_session(session: Session) -> dict[str, Any]:

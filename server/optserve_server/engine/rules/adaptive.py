@@ -195,7 +195,7 @@ RMSPROPS = {
 RULES: Rules = {
     optim.Adagrad: lambda o: ADAGRAD if o.convention == "torch" else ADAGRAD_INSIDE,
     optim.Adadelta: Rule(adadelta, adadelta_scalars, ("square_avg", "acc_delta")),
-    optim.RMSprop: lambda o: RMSPROPS[o.convention != "torch", o.centered, o.momentum > 0.0],
+    optim.RMSprop: lambda o: RMSPROPS[o.convention != "torch", o.centered, o.momentum != 0.0],
     optim.BiasCorrectedRMSprop: Rule(bias_corrected_rmsprop, bias_corrected_rmsprop_scalars, ("square_avg",)),
     optim.Rprop: Rule(rprop, rprop_scalars, ("prev", "step_size"), initial=lambda o: {"step_size": o.lr}),
     optim.FTRL: Rule(
