@@ -169,8 +169,10 @@ def test_a_push_in_flight_is_finished_and_kept_when_the_server_stops(tmp_path: P
             yield from rest
 
         stream.send = lambda frames: send(held(frames))  # type: ignore[method-assign]
-        pushing = pool.submit(weights.push, large)
         gate = server._service.pushes
+        with gate._changed:
+            gate._changed.wait_for(lambda: gate._inside == 0)  # the first push has left
+        pushing = pool.submit(weights.push, large)
         with gate._changed:
             gate._changed.wait_for(lambda: gate._inside == 4 << 20)
             stopping = pool.submit(server.stop)

@@ -154,7 +154,7 @@ def test_who_waits_tries_again_until_the_other_comes(
     server: Server, tcp_client: optserve.Client, new_id: NewId
 ) -> None:
     set_id = new_id()
-    tcp_client.create_parameter_set(set_id, START, optim.SGD(), policy=Sync(2, deadline=0.05))
+    tcp_client.create_parameter_set(set_id, START, optim.SGD(), policy=Sync(2, deadline=0.5))
     first, second = attached(tcp_client, set_id, 2)
     rounds = server._engine.get(set_id)._rounds
     given_up = threading.Event()
