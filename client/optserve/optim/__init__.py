@@ -18,9 +18,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from optserve._errors import UnknownRule
-from optserve.optim._adam import ADOPT, AdaBelief, Adam, Adamax, AdamW, Adan, AdEMAMix, AMSGrad, NAdam, RAdam, Yogi
-from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, Rprop
+from optserve.optim._adam import (
+    ADOPT,
+    AdaBelief,
+    Adam,
+    Adamax,
+    AdamW,
+    Adan,
+    AdEMAMix,
+    AMSGrad,
+    NAdam,
+    RAdam,
+    SparseAdam,
+    Yogi,
+)
+from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, RowWiseAdagrad, Rprop
+from optserve.optim._automatic import SWATS, Prodigy, ScheduleFreeAdamW, ScheduleFreeSGD
+from optserve.optim._factored import Adafactor
 from optserve.optim._group import Group
+from optserve.optim._layerwise import LAMB, LARS, NovoGrad
 from optserve.optim._momentum import (
     ASGD,
     SGD,
@@ -33,16 +49,21 @@ from optserve.optim._momentum import (
     VelocityMomentum,
 )
 from optserve.optim._optimizer import Optimizer, check_names, suggest
+from optserve.optim._orthogonal import Muon
 
 __all__ = [
     "ADOPT",
     "ASGD",
     "FTRL",
+    "LAMB",
+    "LARS",
     "SGD",
+    "SWATS",
     "AMSGrad",
     "AdEMAMix",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -53,14 +74,21 @@ __all__ = [
     "Group",
     "Lion",
     "Momentum",
+    "Muon",
     "NAdam",
     "Nesterov",
+    "NovoGrad",
     "Optimizer",
+    "Prodigy",
     "RAdam",
     "RMSprop",
+    "RowWiseAdagrad",
     "Rprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SignSGD",
     "Signum",
+    "SparseAdam",
     "VelocityMomentum",
     "Yogi",
     "catalogue",
@@ -77,6 +105,7 @@ _CATALOGUE: tuple[type[Optimizer], ...] = (
     Signum,
     Lion,
     Adagrad,
+    RowWiseAdagrad,
     Adadelta,
     RMSprop,
     BiasCorrectedRMSprop,
@@ -85,6 +114,7 @@ _CATALOGUE: tuple[type[Optimizer], ...] = (
     Adam,
     AdamW,
     AMSGrad,
+    SparseAdam,
     NAdam,
     RAdam,
     Adamax,
@@ -93,6 +123,15 @@ _CATALOGUE: tuple[type[Optimizer], ...] = (
     Adan,
     AdEMAMix,
     ADOPT,
+    ScheduleFreeSGD,
+    ScheduleFreeAdamW,
+    LARS,
+    NovoGrad,
+    LAMB,
+    Adafactor,
+    SWATS,
+    Prodigy,
+    Muon,
 )
 
 

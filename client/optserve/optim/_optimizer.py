@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Self, TypeVar
 from optserve._errors import InvalidHyperparameter
 
 Kind = TypeVar("Kind", bound="Optimizer")
-T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
     """What a hyperparameter may be: a sentence, a half-open range [minimum, below) or some words, and whether it may change
-    live."""
+    live. One whose default is None may be that, too."""
 
     documentation: str
     minimum: float = 0.0
@@ -28,14 +28,17 @@ class Hyperparameter:
 
     def check(self, name: str, value: Any, default: Any) -> Any:
         """Return the value with the type of its default; raises InvalidHyperparameter."""
+        if value is None and default is None:
+            return None
+        or_none = " or None" if default is None else ""
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise InvalidHyperparameter(f"expected {name} to be True or False; got {value!r}")
             return value
-        if isinstance(default, str):
+        if self.choices:
             if value not in self.choices:
                 raise InvalidHyperparameter(
-                    f"expected {name} to be {' or '.join(map(repr, self.choices))}; got {value!r}"
+                    f"expected {name} to be {' or '.join(map(repr, self.choices))}{or_none}; got {value!r}"
                 )
             return value
         if isinstance(default, tuple):
@@ -44,19 +47,32 @@ class Hyperparameter:
             pairs = enumerate(zip(value, default, strict=True))
             return tuple(self.check(f"{name}[{index}]", item, expected) for index, (item, expected) in pairs)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InvalidHyperparameter(f"expected {name} to be a number; got {value!r}")
+            raise InvalidHyperparameter(f"expected {name} to be a number{or_none}; got {value!r}")
         value = _as_float(value)
         if not (math.isfinite(value) and self.minimum <= value < self.below):
             raise InvalidHyperparameter(
-                f"expected {name} to be finite, at least {self.minimum:g}"
+                f"expected {name} to be finite"
+                + (f", at least {self.minimum:g}" if self.minimum > -math.inf else "")
                 + (f" and below {self.below:g}" if self.below < math.inf else "")
                 + f"; got {value!r}"
             )
-        return value
+        if not isinstance(default, int):
+            return value
+        if not value.is_integer():
+            raise InvalidHyperparameter(f"expected {name} to be a whole number; got {value!r}")
+        return int(value)
 
 
-def hyperparameter(default: T, documentation: str, *, below: float = math.inf, live: bool = True) -> T:
-    described = Hyperparameter(documentation, below=below, live=live)
+def hyperparameter(
+    default: T,
+    documentation: str,
+    *,
+    minimum: float = 0.0,
+    below: float = math.inf,
+    live: bool = True,
+    choices: tuple[str, ...] = (),
+) -> T:
+    described = Hyperparameter(documentation, minimum, below, live, choices)
     return field(default=default, metadata={"hyperparameter": described})
 
 

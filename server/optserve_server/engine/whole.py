@@ -1,7 +1,8 @@
 """Updates by rules that need whole tensors: one call for the tensors of a group, on arrays of their shapes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,6 @@ class Member:
     spec: TensorSpec
     index: int
     t: int
-    carry: bool  # whether it starts from the version before
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class GroupWork:
 
     def _prepared(self, member: Member, arenas: Arenas) -> Tensor:
         parameter = _array(arenas.after, self.layout, member)
-        if member.carry and arenas.before is not arenas.after:
+        if arenas.before is not arenas.after:
             parameter[...] = _array(arenas.before, self.layout, member)
         gradient = _array(arenas.gradient, self.layout, member)
         scale, bound, l2, shrink = self.preparation
@@ -89,13 +89,14 @@ class WholePlanner:
         work = []
         for group in groups:
             members = [
-                Member(self._tensors[index], index, int(steps[index]) + 1, carry=True)
+                Member(self._tensors[index], index, int(steps[index]) + 1)
                 for index in group.members
                 if index in gradients and self._tensors[index].size
             ]
             prepared = preparation(group.optimizer, 1.0, self._bound)
+            numbers = list(_numbers(group.optimizer.hyperparameters.values()))
             for member in members:
-                check_computable(prepared, member.spec.dtype.compute)
+                check_computable((*prepared, *numbers), member.spec.dtype.compute)
             if members:
                 work.append(
                     GroupWork(
@@ -103,6 +104,15 @@ class WholePlanner:
                     )
                 )
         return Update(work, dict.fromkeys(gradients, ()))
+
+
+def _numbers(values: Iterable[Any]) -> Iterator[float]:
+    """Those among hyperparameters, of pairs and triples each."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        elif isinstance(value, float):
+            yield value
 
 
 def _array(arena: Arena, layout: Layout, member: Member, shape: tuple[int, ...] | None = None) -> NDArray[np.floating]:
