@@ -33,10 +33,11 @@ class DirectSet:
         chunk_bytes: int = 1 << 20,
         holds: Holds = Holds.PARAMETERS,
         transforms: Transforms = PLAIN,
+        groups: Sequence[optim.Group] = (),
     ) -> None:
         self.chunk_bytes = chunk_bytes
         specs = tuple(TensorSpec.of(name, array) for name, array in parameters.items())
-        spec = ParameterSetSpec("direct", specs, optimizer, holds=holds, transforms=transforms)
+        spec = ParameterSetSpec("direct", specs, optimizer, tuple(groups), holds, transforms=transforms)
         self._threads = Threads(threads)
         self.set = ParameterSet(spec, incarnation=1, threads=self._threads)
         if holds is Holds.PARAMETERS:

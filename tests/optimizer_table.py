@@ -7,10 +7,11 @@ paper in NumPy, which shares no code with the engine and calculates in the dtype
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import jax
 import keras
@@ -24,6 +25,7 @@ Array = np.ndarray[Any, Any]
 
 jax.config.update("jax_enable_x64", True)
 keras.config.set_floatx("float64")  # what learning rates are kept in
+torch.set_num_threads(1)  # several would spin in the way of ours
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,20 @@ class Step:
     lr: float
 
 
-Oracle = Callable[[Array, Sequence[Step]], Array]  # initial parameters, steps -> parameters after the last
+# Initial parameters, steps -> parameters after the last, or those and the ones to evaluate.
+Oracle = Callable[[Array, Sequence[Step]], Array]
+
+WIDE: Mapping[int, tuple[int, ...]] = {4097: (17, 241), 100_003: (283, 353)}
+TALL: Mapping[int, tuple[int, ...]] = {4097: (241, 17), 100_003: (353, 283)}
+KERNELS: Mapping[int, tuple[int, ...]] = {4097: (2, 3, 17, 40), 100_003: (3, 5, 59, 113)}
 
 
 @dataclass(frozen=True)
 class Row:
     """A configuration by name, and its oracle.
 
-    `live` says whether its learning rate may change; `chaotic` why a few elements may end far from float64 in float32.
+    `live` says whether its learning rate may change; `chaotic` why a few elements may end far from float64 in float32;
+    `shapes` what tensors of about a size are, if not vectors; `evaluates` whether its parameters to evaluate are compared, too.
     """
 
     name: str
@@ -49,6 +57,8 @@ class Row:
     oracle: Oracle
     live: bool = True
     chaotic: str = ""
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    evaluates: bool = False
 
 
 @contextmanager
@@ -64,25 +74,55 @@ def torch_in_float64() -> Iterator[None]:
 
 def torch_oracle(name: str, optimizer: optim.Optimizer) -> Oracle:
     """`torch.optim.<name>`, for-loop path, in the dtype of the parameters."""
+    options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
+    return lambda parameters, steps: torch_run(name, parameters, steps, foreach=False, **options)
+
+
+def torch_run(
+    name: str,
+    parameters: Array,
+    steps: Sequence[Step],
+    gradient: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    **options: Any,
+) -> Array:
+    with torch_in_float64():  # NAdam keeps its product of momenta in the default dtype
+        tensor = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
+        theirs = getattr(torch.optim, name)([tensor], **options)
+        for step in steps:
+            theirs.param_groups[0]["lr"] = step.lr
+            tensor.grad = None if step.gradient is None else gradient(torch.from_numpy(step.gradient))
+            theirs.step()
+        return tensor.detach().numpy()
+
+
+def sparse_adam_oracle(optimizer: optim.SparseAdam) -> Oracle:
+    """`torch.optim.SparseAdam` on gradients that have all rows."""
+    return lambda parameters, steps: torch_run(
+        "SparseAdam", parameters, steps, lambda gradient: gradient.to_sparse(1), **optimizer.hyperparameters
+    )
+
+
+def muon_oracle(o: optim.Muon) -> Oracle:
+    """`torch.optim.Muon` without its rounding to bfloat16, and `torch.optim.AdamW` of what is no matrix."""
+    ours = ("adamw_lr", "adamw_betas", "adamw_eps", "adamw_weight_decay", "maximize")
+    options = {key: value for key, value in o.hyperparameters.items() if key not in ours}
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
-        with torch_in_float64():
-            tensor = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
-            options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
-            theirs = getattr(torch.optim, name)([tensor], foreach=False, **options)
-            for step in steps:
-                theirs.param_groups[0]["lr"] = step.lr
-                tensor.grad = None if step.gradient is None else torch.from_numpy(step.gradient.copy())
-                theirs.step()
-            return tensor.detach().numpy()
+        if parameters.ndim == 2:
+            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+                return torch_run("Muon", parameters, steps, torch.neg if o.maximize else torch.clone, **options)
+        own = {"betas": o.adamw_betas, "eps": o.adamw_eps, "weight_decay": o.adamw_weight_decay, "maximize": o.maximize}
+        return torch_run("AdamW", parameters, [replace(step, lr=o.adamw_lr) for step in steps], foreach=False, **own)
 
     return run
 
 
-def optax_oracle(build: Callable[..., Any], optimizer: optim.Optimizer, **options: Any) -> Oracle:
+def optax_oracle(
+    build: Callable[..., Any], optimizer: optim.Optimizer, *, evaluates: bool = False, **options: Any
+) -> Oracle:
     """An optax optimizer, in the dtype of the parameters. L2 decay and maximization are added in front of it."""
     decay = getattr(optimizer, "weight_decay", 0.0)
-    if getattr(optimizer, "decoupled_weight_decay", False):
+    if getattr(optimizer, "decoupled_weight_decay", False) or optimizer.own_weight_decay:
         options["weight_decay"], decay = decay, 0.0
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
@@ -97,9 +137,16 @@ def optax_oracle(build: Callable[..., Any], optimizer: optim.Optimizer, **option
             gradient = (-step.gradient if optimizer.maximize else step.gradient) + decay * params  # type: ignore[attr-defined]
             updates, state = update(gradient, state, params)
             params = optax.apply_updates(params, updates)
+        if evaluates:
+            return np.stack([params, optax.contrib.schedule_free_eval_params(state.inner_state, params)])
         return np.asarray(params)
 
     return run
+
+
+def jax_mean(x: Any, **options: Any) -> Any:
+    """Keras' own mean rounds to float32."""
+    return jax.numpy.mean(jax.numpy.asarray(x), **options)
 
 
 def keras_oracle(name: str, optimizer: optim.Optimizer, **options: Any) -> Oracle:
@@ -113,7 +160,8 @@ def keras_oracle(name: str, optimizer: optim.Optimizer, **options: Any) -> Oracl
         for step in steps:
             if step.gradient is not None:
                 theirs.learning_rate = step.lr
-                theirs.apply([keras.ops.convert_to_tensor(step.gradient)], [variable])
+                with mock.patch("keras.src.ops.mean", jax_mean):
+                    theirs.apply([keras.ops.convert_to_tensor(step.gradient)], [variable])
         return np.asarray(variable)
 
     return run
@@ -122,8 +170,8 @@ def keras_oracle(name: str, optimizer: optim.Optimizer, **options: Any) -> Oracl
 Transcription = Callable[[Any, Array, Array, dict[str, Array], int, float], Array]  # (o, p, g, state, t, lr) -> p
 
 
-def paper_oracle(transcription: Transcription, optimizer: optim.Optimizer) -> Oracle:
-    """A transcription of a paper, weight decay included: its state starts at zero."""
+def paper_oracle(transcription: Transcription, optimizer: optim.Optimizer, evaluated: str = "") -> Oracle:
+    """A transcription of a paper, weight decay included: its state starts at zero, and may have parameters to evaluate."""
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
         p, t = parameters.copy(), 0
@@ -133,7 +181,7 @@ def paper_oracle(transcription: Transcription, optimizer: optim.Optimizer) -> Or
                 t += 1
                 p = transcription(optimizer, p, step.gradient, state, t, step.lr)
                 assert p.dtype == parameters.dtype
-        return p
+        return np.stack([p, state[evaluated]]) if evaluated else p
 
     return run
 
@@ -223,6 +271,66 @@ def adopt(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) ->
     return p - lr * s["m"]
 
 
+def row_wise_adagrad(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """As in torchrec.optim.RowWiseAdagrad."""
+    g = l2(o, p, g)
+    flat = g.reshape(len(g), -1)
+    s["sum"] = (s["sum"] if t > 1 else np.full(len(g), o.initial_accumulator_value, p.dtype)) + np.mean(flat**2, axis=1)
+    return p - lr / (1 + (t - 1) * o.lr_decay) * (flat / (np.sqrt(s["sum"])[:, None] + o.eps)).reshape(p.shape)
+
+
+def swats(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """Algorithm 1 of the paper, of one tensor, with a positive learning rate after the switch that goes with lr."""
+    beta1, beta2 = o.betas
+    g = l2(o, p, g)
+    if "switched" in s:
+        s["b"] = beta1 * s["b"] + g
+        return p - (1 - beta1) * float(s["switched"]) * lr * s["b"]
+    s["m"] = beta1 * s["m"] + (1 - beta1) * g
+    s["v"] = beta2 * s["v"] + (1 - beta2) * g**2
+    step = -lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) * s["m"] / (np.sqrt(s["v"]) + o.eps)
+    product = math.fsum((step * g).flat)
+    if product != 0:
+        gamma = math.fsum((step * step).flat) / -product
+        s["a"] = np.array(beta2 * (s["a"].item() if "a" in s else 0.0) + (1 - beta2) * gamma)
+        settled = s["a"].item() / (1 - beta2**t)
+        if t > 1 and settled > 0 and abs(settled - gamma) < o.eps:
+            s["switched"] = np.array(settled / lr)
+    return p + step
+
+
+def prodigy(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """As in the authors' code, of one tensor."""
+    (beta1, beta2), beta3 = o.betas, o.beta3 if o.beta3 is not None else math.sqrt(o.betas[1])
+    start, d, numerator = (s["start"], *s["group"]) if t > 1 else (p, o.d0, 0.0)
+    s["start"], rate = start, float(d) * lr
+    if o.use_bias_correction:
+        rate *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+    numerator = beta3 * numerator + d / o.d0 * rate * math.fsum((g * (start - p)).flat)
+    s["m"] = beta1 * s["m"] + float(d) * (1 - beta1) * g
+    s["v"] = beta2 * s["v"] + float(d) ** 2 * (1 - beta2) * g**2
+    s["s"] = beta3 * s["s"] + float(d / o.d0) * (float(d) if o.safeguard_warmup else rate) * g
+    d = max(d, o.d_coef * numerator / math.fsum(np.abs(s["s"]).flat))
+    s["group"] = np.array([d, numerator])
+    return p - rate * (s["m"] / (np.sqrt(s["v"]) + float(d) * o.eps) + o.weight_decay * p)
+
+
+def schedule_free(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """As in the paper, with the warm-up of the authors' code."""
+    x, z = (s["x"], s["z"]) if t > 1 else (p, p)
+    beta = o.betas[0] if isinstance(o, optim.ScheduleFreeAdamW) else o.momentum
+    lr *= min(1.0, t / o.warmup_steps) if o.warmup_steps else 1.0
+    s["largest"] = np.maximum(s["largest"].flat[0], np.array(lr))
+    weight = s["largest"].item() ** o.weight_lr_power
+    s["sum"] = np.array(s["sum"].flat[0] + weight)
+    if isinstance(o, optim.ScheduleFreeAdamW):
+        s["v"] = o.betas[1] * s["v"] + (1 - o.betas[1]) * g**2
+        g = g / (np.sqrt(s["v"] / (1 - o.betas[1] ** t)) + o.eps)
+    s["z"] = z - lr * (g + o.weight_decay * p)
+    s["x"] = (1 - weight / s["sum"].item()) * x + weight / s["sum"].item() * s["z"]
+    return beta * s["x"] + (1 - beta) * s["z"]
+
+
 ROOTS = "where gradients are small, it takes the difference of nearly equal roots, and forgets what parameters were"
 VARIANCE = "where a gradient hardly changes, its variance is the difference of nearly equal numbers"
 SIGN = "it takes the sign of what may be nearly zero"
@@ -236,6 +344,16 @@ def _of_optax(
     name: str, optimizer: optim.Optimizer, build: Callable[..., Any], *, chaotic: str = "", **options: Any
 ) -> Row:
     return Row(name, optimizer, optax_oracle(build, optimizer, **options), chaotic=chaotic)
+
+
+def _of_whole(row: Row, shapes: Mapping[int, tuple[int, ...]] = WIDE) -> Row:
+    return replace(row, shapes=shapes)
+
+
+def _schedule_free(name: str, optimizer: optim.Optimizer, build: Callable[..., Any] | None = None) -> Row:
+    if build is None:
+        return Row(name, optimizer, paper_oracle(schedule_free, optimizer, "x"), evaluates=True)
+    return Row(name, optimizer, optax_oracle(build, optimizer, evaluates=True), evaluates=True)
 
 
 def _of_keras(name: str, optimizer: optim.Optimizer, keras_name: str, **options: Any) -> Row:
@@ -260,8 +378,17 @@ def _rows() -> Iterator[Row]:
     )
     yield _of_paper("ademamix-warm-up", optim.AdEMAMix(lr=0.02, warm_up=60.5, alpha=3.0), ademamix)
     yield _of_paper("ademamix-no-momentum", optim.AdEMAMix(lr=0.02, betas=(0.0, 0.99, 0.999), warm_up=60.5), ademamix)
+    yield Row("sparse-adam", optim.SparseAdam(lr=0.02), sparse_adam_oracle(optim.SparseAdam(lr=0.02)), shapes=WIDE)
+    yield _schedule_free(
+        "schedule-free-sgd-warm-up", optim.ScheduleFreeSGD(lr=0.1, warmup_steps=20.5, weight_lr_power=1.0)
+    )
+    yield _schedule_free(
+        "schedule-free-adamw-warm-up", optim.ScheduleFreeAdamW(lr=0.02, betas=(0.8, 0.99), warmup_steps=60.0)
+    )
     for decay in (0.0, 0.05):
-        for row in itertools.chain(_rows_with(decay), _rows_of_optax(decay), _rows_of_keras(decay)):
+        for row in itertools.chain(
+            _rows_with(decay), _rows_of_optax(decay), _rows_of_keras(decay), _rows_of_whole_tensors(decay)
+        ):
             yield replace(row, name=f"{row.name}-decay") if decay else row
 
 
@@ -346,6 +473,39 @@ def _rows_of_keras(decay: float) -> Iterator[Row]:
     yield _of_keras("keras-amsgrad", optim.AMSGrad(lr=0.02, **wd), "Adam", amsgrad=True)
     yield _of_keras("keras-nadam", optim.NAdam(lr=0.02, **wd), "Nadam")
     yield _of_keras("keras-adamax", optim.Adamax(lr=0.02, **wd), "Adamax")
+    yield _of_whole(_of_keras("keras-lamb", optim.LAMB(lr=0.02, **wd), "Lamb"))
+    yield _of_whole(_of_keras("keras-adafactor", optim.Adafactor(lr=0.05, **wd), "Adafactor"))
+
+
+def _rows_of_whole_tensors(decay: float) -> Iterator[Row]:
+    wd = {"weight_decay": decay}
+    free = optax.contrib
+    yield _schedule_free("schedule-free-sgd", optim.ScheduleFreeSGD(lr=0.1, **wd), free.schedule_free_sgd)
+    yield _schedule_free("schedule-free-adamw", optim.ScheduleFreeAdamW(lr=0.02, **wd), free.schedule_free_adamw)
+    options = {"lr_decay": 0.01, "initial_accumulator_value": 0.1}
+    yield _of_whole(_of_paper("row-wise-adagrad", optim.RowWiseAdagrad(lr=0.05, **options, **wd), row_wise_adagrad))
+    yield _of_whole(_of_optax("lars", optim.LARS(lr=1.0, **wd), optax.lars))
+    nesterov = {"momentum": 0.8, "trust_coefficient": 0.01, "eps": 1e-3, "nesterov": True}
+    yield _of_whole(_of_optax("lars-nesterov", optim.LARS(lr=0.3, **nesterov, **wd), optax.lars, **nesterov))
+    yield _of_whole(_of_optax("novograd", optim.NovoGrad(lr=0.01, **wd), optax.novograd))
+    yield _of_whole(_of_optax("lamb", optim.LAMB(lr=0.02, **wd), optax.lamb))
+    yield _of_whole(_of_torch("adafactor", optim.Adafactor(lr=0.05, eps=(1e-8, 1e-3), **wd)))
+    options = {"beta2_decay": -0.5, "eps": (1e-6, 1e-2), "d": 1.5, "maximize": True}
+    yield _of_whole(_of_torch("adafactor-kernels", optim.Adafactor(lr=0.3, **options, **wd)), KERNELS)
+    yield _of_whole(_of_paper("swats", optim.SWATS(lr=0.01, eps=1e-4, **wd), swats))
+    yield _of_whole(_of_paper("prodigy", optim.Prodigy(lr=0.3, d0=0.03, d_coef=0.1, **wd), prodigy))
+    options = {"beta3": 0.9, "safeguard_warmup": True}
+    safeguard = optim.Prodigy(lr=0.3, d0=0.01, d_coef=0.3, **options, **wd)
+    yield _of_whole(_of_paper("prodigy-safeguard", safeguard, prodigy))
+    corrected = optim.Prodigy(lr=0.3, d0=0.03, d_coef=0.5, use_bias_correction=True, **wd)
+    options = {"estim_lr0": corrected.d0, "estim_lr_coef": corrected.d_coef}
+    yield _of_whole(_of_optax("prodigy-corrected", corrected, free.prodigy, **options))
+    for name, shapes, muon in (
+        ("muon", WIDE, optim.Muon(lr=0.001, **wd)),
+        ("muon-tall", TALL, optim.Muon(lr=0.001, nesterov=False, adamw_lr=0.01, maximize=True, **wd)),
+        ("muon-like-adamw", TALL, optim.Muon(lr=0.0005, ns_steps=3, adjust_lr_fn="match_rms_adamw", **wd)),
+    ):
+        yield Row(name, muon, muon_oracle(muon), shapes=shapes)
 
 
 ROWS = {row.name: row for row in _rows()}

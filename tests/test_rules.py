@@ -1,6 +1,7 @@
 """Every rule against an independent implementation, on every path into the engine."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 
 import numpy as np
@@ -11,9 +12,22 @@ import optserve
 from direct import DirectSet
 from optimizer_table import ROWS, Array, Row, Step, torch_in_float64
 from optserve import optim
-from optserve_server.engine.rules import RULES, Rule, adam, adaptive, momentum, rule_for
+from optserve_server.engine.rules import (
+    RULES,
+    Rule,
+    TensorRule,
+    adam,
+    adaptive,
+    automatic,
+    factored,
+    layerwise,
+    momentum,
+    orthogonal,
+    rule_for,
+)
 
 ONE = np.ones((), np.float32)
+OTHER = optim.Group("other", "y")  # or rules that see whole groups would see it
 STEPS = 100
 SIZES = (1, 17, 4097)
 MORE_SIZES = (15, 100_003)  # of some rows
@@ -36,6 +50,8 @@ def history(row: Row, size: int, dtype: type = np.float64) -> tuple[Array, list[
     begins with the root of where Yogi's average begins. The tensor is absent at step 30, the learning rate falls to 0.3 of
     itself at step 50, and gradients fall 100-fold at step 70.
     """
+    shape = row.shapes.get(size, (size,))
+    size = math.prod(shape)
     rng = np.random.default_rng(size)
     parameters = rng.normal(size=size)
     scale = 10.0 ** rng.uniform(-3, 1, size)
@@ -48,8 +64,8 @@ def history(row: Row, size: int, dtype: type = np.float64) -> tuple[Array, list[
         if k == 0:
             gradient[7:8] = 1e-3
         lr = row.optimizer.lr * (0.3 if row.live and k >= 50 else 1.0)
-        steps.append(Step(None if k == 30 else gradient.astype(dtype), lr))
-    return parameters.astype(dtype), steps
+        steps.append(Step(None if k == 30 else gradient.reshape(shape).astype(dtype), lr))
+    return parameters.reshape(shape).astype(dtype), steps
 
 
 def in_float64(steps: list[Step]) -> list[Step]:
@@ -71,21 +87,26 @@ def pushes(row: Row, steps: list[Step]) -> Iterator[tuple[dict[str, Array], dict
         lr = step.lr
 
 
+def pulled(row: Row, pull: Callable[..., Mapping[str, Array]]) -> Array:
+    """The parameters; or those and the ones to evaluate."""
+    return np.stack([pull()["x"], pull(evaluation=True)["x"]]) if row.evaluates else pull()["x"]
+
+
 def run_direct(row: Row, parameters: Array, steps: list[Step], threads: int = 2) -> Array:
-    direct = DirectSet({"x": parameters, "y": ONE}, row.optimizer, threads=threads)
+    direct = DirectSet({"x": parameters, "y": ONE}, row.optimizer, threads=threads, groups=[OTHER])
     for gradients, changes in pushes(row, steps):
         receipt = direct.push(gradients, changes)
         assert receipt.applied, receipt.refusal
-    return direct.pull()["x"]
+    return pulled(row, direct.pull)
 
 
 def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array, steps: list[Step]) -> Array:
-    with client.create_parameter_set(set_id, {"x": parameters, "y": ONE}, row.optimizer) as weights:
+    with client.create_parameter_set(set_id, {"x": parameters, "y": ONE}, row.optimizer, groups=[OTHER]) as weights:
         for gradients, changes in pushes(row, steps):
             weights.push(gradients, hyperparameters=changes)
-        result = weights.pull()
+        result = pulled(row, weights.pull)
         weights.delete()
-        return result["x"]
+        return result
 
 
 def name_of(value: object) -> str:
@@ -149,8 +170,10 @@ def test_every_optimizer_of_the_catalogue_is_in_the_table() -> None:
 
 
 def test_every_variant_of_a_rule_is_in_the_table() -> None:
-    values = [value for module in (adam, adaptive, momentum) for value in vars(module).values()]
-    known = {value for value in [*values, *adaptive.RMSPROPS.values(), *RULES.values()] if isinstance(value, Rule)}
+    modules = (adam, adaptive, automatic, factored, layerwise, momentum, orthogonal)
+    values = [value for module in modules for value in vars(module).values()]
+    values += [*adaptive.RMSPROPS.values(), *RULES.values()]
+    known = {value for value in values if isinstance(value, Rule | TensorRule)}
     assert {rule_for(row.optimizer) for row in ROWS.values()} == known
 
 

@@ -44,6 +44,7 @@ def dense(gradient: RowSparse) -> Array:
 
 LAZY = {
     "sgd": (optim.SGD(lr=0.1), "SGD"),
+    "sparse-adam": (optim.SparseAdam(lr=0.1), "SparseAdam"),
     "adagrad": (optim.Adagrad(lr=0.1, lr_decay=0.01, initial_accumulator_value=0.1), "Adagrad"),
 }
 
@@ -72,8 +73,14 @@ def test_rows_follow_torchs_sparse_gradients(
         weights.delete()
 
 
-def test_ftrl_is_the_dense_rule_on_the_rows_that_are_touched(memory_client: optserve.Client, new_id: NewId) -> None:
-    optimizer = optim.FTRL(lr=0.1, l1_regularization_strength=0.01)
+@pytest.mark.parametrize(
+    "optimizer",
+    [optim.FTRL(lr=0.1, l1_regularization_strength=0.01), optim.RowWiseAdagrad(lr=0.1, initial_accumulator_value=0.2)],
+    ids=str,
+)
+def test_a_lazy_rule_is_the_dense_one_on_the_rows_that_are_touched(
+    optimizer: optim.Optimizer, memory_client: optserve.Client, new_id: NewId
+) -> None:
     start = embedding()
     with memory_client.create_parameter_set(new_id(), {"e": start}, optimizer) as weights:
         gradient = some_gradients()[0]
@@ -284,6 +291,15 @@ class TestTables:
             np.testing.assert_allclose(rows, np.array([[once], [twice], [once], [0]]) * np.ones(WIDTH), rtol=1e-9)
             by_key = dict(zip(pulled.rows.tolist(), pulled.values, strict=True))
             np.testing.assert_array_equal(by_key[7], rows[1])
+            weights.delete()
+
+    def test_row_wise_adagrad_has_a_table(self, client: optserve.Client, new_id: NewId) -> None:
+        optimizer = optim.RowWiseAdagrad(lr=0.5, initial_accumulator_value=3.0)
+        with client.create_parameter_set(new_id(), {"t": self.table()}, optimizer) as weights:
+            weights.push({"t": RowSparse([8, -8], np.array([[1.0] * WIDTH, [3.0] * WIDTH]))})
+            weights.push({"t": RowSparse([8], np.array([[2.0] * WIDTH]))})
+            expected = [[-0.5 / 2 - 1.0 / np.sqrt(8)], [-1.5 / np.sqrt(12)]] * np.ones(WIDTH)
+            np.testing.assert_allclose(weights.pull(rows={"t": [8, -8]})["t"], expected, rtol=1e-9)
             weights.delete()
 
     @pytest.mark.parametrize("initial", [Constant(0.25), Uniform(-2.0, 1.0, seed=3), Normal(0.5, seed=-1)])

@@ -362,6 +362,30 @@ class TestAverages:
         )
 
 
+@pytest.mark.parametrize("clip", [None, ClipGlobalNorm(1.0), ClipValue(0.1)])
+def test_rules_for_whole_tensors_have_transforms_too(clip: Any) -> None:
+    transforms = Transforms(clip=clip, lookahead=Lookahead(3, 0.5), average=EMA(0.5))
+    direct = run(transforms, optim.LAMB(lr=0.01), gradients())
+
+    def changed(each: Tensors) -> Tensors:
+        if isinstance(clip, ClipGlobalNorm):
+            norm = np.sqrt(sum(np.sum(value**2) for value in each.values()))
+            return {name: value * min(1.0, 1.0 / (norm + 1e-6)) for name, value in each.items()}
+        return {name: np.clip(value, -0.1, 0.1) if clip else value for name, value in each.items()}
+
+    plain, slow, average = DirectSet(tensors(0), optim.LAMB(lr=0.01)), tensors(0), tensors(0)
+    for t, each in enumerate(gradients()[:3], start=1):
+        plain.push(changed(each))
+        if t == 3:
+            slow = {name: (slow[name] + value) / 2 for name, value in plain.pull().items()}
+        after = slow if t == 3 else plain.pull()
+        average = after if t == 1 else {name: (average[name] + after[name]) / 2 for name in after}
+    short = run(transforms, optim.LAMB(lr=0.01), gradients()[:3])
+    assert_close(short.pull(), slow)
+    assert_close(short.pull(evaluation=True), average)
+    assert np.isfinite(direct.pull()["vector"]).all()
+
+
 EVERYTHING = Transforms(
     nonfinite=SkipNonFinite(3), accumulate=2, clip=ClipGlobalNorm(1.0), lookahead=Lookahead(3, 0.5), average=EMA(0.8)
 )

@@ -244,7 +244,9 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A hyperparameter as people write it: true, 3e-4, or 0.9,0.999."""
+    """A hyperparameter as people write it: true, 3e-4, none, or 0.9,0.999."""
+    if text.lower() == "none":
+        return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if "," in text:

@@ -38,20 +38,49 @@ from optserve.optim._momentum import (
 )
 
 # isort: split
-from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, Rprop
+from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, RowWiseAdagrad, Rprop
 
 # isort: split
-from optserve.optim._adam import ADOPT, AdaBelief, Adam, Adamax, AdamW, Adan, AdEMAMix, AMSGrad, NAdam, RAdam, Yogi
+from optserve.optim._adam import (
+    ADOPT,
+    AdaBelief,
+    Adam,
+    Adamax,
+    AdamW,
+    Adan,
+    AdEMAMix,
+    AMSGrad,
+    NAdam,
+    RAdam,
+    SparseAdam,
+    Yogi,
+)
+
+# isort: split
+from optserve.optim._layerwise import LAMB, LARS, NovoGrad
+
+# isort: split
+from optserve.optim._factored import Adafactor
+
+# isort: split
+from optserve.optim._automatic import SWATS, Prodigy, ScheduleFreeAdamW, ScheduleFreeSGD
+
+# isort: split
+from optserve.optim._orthogonal import Muon
 
 __all__ = [
     "ADOPT",
     "ASGD",
     "FTRL",
+    "LAMB",
+    "LARS",
     "SGD",
+    "SWATS",
     "AMSGrad",
     "AdEMAMix",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -63,15 +92,22 @@ __all__ = [
     "Lion",
     "Memory",
     "Momentum",
+    "Muon",
     "NAdam",
     "Nesterov",
+    "NovoGrad",
     "Optimizer",
+    "Prodigy",
     "RAdam",
     "RMSprop",
+    "RowWiseAdagrad",
     "Rprop",
     "Rule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SignSGD",
     "Signum",
+    "SparseAdam",
     "VelocityMomentum",
     "Yogi",
     "catalogue",

@@ -57,6 +57,23 @@ class AMSGrad(Adam):
     amsgrad: bool = hyperparameter(True, "Divide by the largest average so far.", live=False)
 
 
+@dataclass(frozen=True)
+class SparseAdam(Optimizer):
+    """Adam for embeddings, in the "ε̂" form, as `torch.optim.SparseAdam`: moments of a row that has no gradient stay.
+
+        m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²
+        θ ← θ − η √(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε)
+
+    t counts the updates of the tensor, not of the row.
+
+    Reference: Kingma & Ba, arXiv:1412.6980, section 2; torch.optim.SparseAdam.
+    """
+
+    betas: tuple[float, float] = hyperparameter((0.9, 0.999), "Decays β₁, β₂ of the averages, per update.", below=1.0)
+    eps: float = hyperparameter(1e-8, EPS)
+    maximize: bool = hyperparameter(False, MAXIMIZE)
+
+
 @defaults(keras={"lr": 0.001, "eps": 1e-07, "momentum_decay": 1.0})
 @dataclass(frozen=True)
 class NAdam(Optimizer):

@@ -31,6 +31,26 @@ class Adagrad(Optimizer):
     convention: str = convention("optax", "keras")
 
 
+@dataclass(frozen=True)
+class RowWiseAdagrad(Optimizer):
+    """`Adagrad` with one accumulator for each row, for embeddings, as `torchrec.optim.RowWiseAdagrad`.
+
+        sᵢ ← sᵢ + mean(gᵢ²)                     over row i; s starts at initial_accumulator_value
+        θᵢ ← θᵢ − η / (1 + (t − 1)·lr_decay) · gᵢ / (√sᵢ + ε)
+
+    Rows are along the first dimension: a vector's are its elements.
+
+    Reference: Duchi, Hazan & Singer, JMLR 12, 2011; Mudigere et al., ISCA 2022, arXiv:2104.05158 (row-wise).
+    """
+
+    lr: float = hyperparameter(1e-2, LR)
+    lr_decay: float = hyperparameter(0.0, "Decay of the learning rate, per update.")
+    weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
+    initial_accumulator_value: float = hyperparameter(0.0, "What s starts at.", live=False)
+    eps: float = hyperparameter(1e-10, EPS)
+    maximize: bool = hyperparameter(False, MAXIMIZE)
+
+
 @defaults(optax={"alpha": 0.9}, keras={"lr": 0.001, "alpha": 0.9, "eps": 1e-07})
 @dataclass(frozen=True)
 class RMSprop(Optimizer):

@@ -13,13 +13,13 @@ from optserve._errors import InvalidHyperparameter, InvalidRule
 from optserve.schedules import Schedule
 
 Kind = TypeVar("Kind", bound="Optimizer")
-T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
     """What a hyperparameter may be: a sentence, a range from `minimum` up to `maximum` or `below` a limit, or some words; and
-    whether it may change live."""
+    whether it may change live. One whose default is None may be that, too."""
 
     documentation: str
     minimum: float = 0.0
@@ -31,14 +31,17 @@ class Hyperparameter:
     def check(self, name: str, value: Any, default: Any) -> Any:
         """Return the value with the type of its default; raises InvalidHyperparameter."""
         value = as_number(value)
+        if value is None and default is None:
+            return None
+        or_none = " or None" if default is None else ""
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise InvalidHyperparameter(f"expected {name} to be True or False; got {value!r}")
             return value
-        if isinstance(default, str):
+        if self.choices:
             if value not in self.choices:
                 raise InvalidHyperparameter(
-                    f"expected {name} to be {' or '.join(map(repr, self.choices))}; got {value!r}"
+                    f"expected {name} to be {' or '.join(map(repr, self.choices))}{or_none}; got {value!r}"
                 )
             return value
         if isinstance(default, tuple):
@@ -47,16 +50,21 @@ class Hyperparameter:
             pairs = enumerate(zip(value, default, strict=True))
             return tuple(self.check(f"{name}[{index}]", item, expected) for index, (item, expected) in pairs)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InvalidHyperparameter(f"expected {name} to be a number; got {value!r}")
+            raise InvalidHyperparameter(f"expected {name} to be a number{or_none}; got {value!r}")
         value = _as_float(value)
         if not (math.isfinite(value) and self.minimum <= value <= self.maximum and value < self.below):
             raise InvalidHyperparameter(
-                f"expected {name} to be finite, at least {self.minimum:g}"
+                f"expected {name} to be finite"
+                + (f", at least {self.minimum:g}" if self.minimum > -math.inf else "")
                 + (f" and at most {self.maximum:g}" if self.maximum < math.inf else "")
                 + (f" and below {self.below:g}" if self.below < math.inf else "")
                 + f"; got {value!r}"
             )
-        return value
+        if not isinstance(default, int):
+            return value
+        if not value.is_integer():
+            raise InvalidHyperparameter(f"expected {name} to be a whole number; got {value!r}")
+        return int(value)
 
     def check_schedule(self, name: str, schedule: Schedule, default: Any) -> None:
         """Raises InvalidHyperparameter if the values of a schedule could never be this hyperparameter's."""
@@ -67,9 +75,16 @@ class Hyperparameter:
 
 
 def hyperparameter(
-    default: T, documentation: str, *, maximum: float = math.inf, below: float = math.inf, live: bool = True
+    default: T,
+    documentation: str,
+    *,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    below: float = math.inf,
+    live: bool = True,
+    choices: tuple[str, ...] = (),
 ) -> T:
-    described = Hyperparameter(documentation, maximum=maximum, below=below, live=live)
+    described = Hyperparameter(documentation, minimum, maximum, below, live, choices)
     return field(default=default, metadata={"hyperparameter": described})
 
 

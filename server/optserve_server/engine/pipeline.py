@@ -68,7 +68,8 @@ class Pipeline:
         self._whole: WholePlanner | None = None
         bound = clipping.bound(spec.transforms.clip)
         if isinstance(self.rule, TensorRule):
-            self._whole = WholePlanner(self.rule, spec.tensors, layout, self.slots, bound)
+            own = {name: self.slots[name] for name in self.rule.slots}
+            self._whole = WholePlanner(self.rule, spec.tensors, layout, own, bound)
         else:
             self._loops = Planner(self.rule, layout, moments_only=self._moments_only, bound=bound)
         self.tables = {

@@ -1,7 +1,8 @@
 """Updates by rules that need whole tensors: one call for the tensors of a group, on arrays of their shapes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,8 +118,9 @@ class WholePlanner:
                 if (index in gradients or index in sparse) and self._tensors[index].size
             ]
             prepared = preparation(group.optimizer, 1.0, self._bound)
+            numbers = list(_numbers(group.optimizer.hyperparameters.values()))
             for member in members:
-                check_computable(prepared, member.spec.dtype.compute)
+                check_computable((*prepared, *numbers), member.spec.dtype.compute)
             if members:
                 work.append(
                     GroupWork(
@@ -126,6 +128,15 @@ class WholePlanner:
                     )
                 )
         return Update(work, dict.fromkeys([*gradients, *sparse], ()))
+
+
+def _numbers(values: Iterable[Any]) -> Iterator[float]:
+    """Those among hyperparameters, of pairs and triples each."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _numbers(value)
+        elif isinstance(value, float):
+            yield value
 
 
 def _array(arena: Arena, layout: Layout, member: Member, shape: tuple[int, ...] | None = None) -> NDArray[np.floating]:

@@ -1,6 +1,6 @@
-"""The update rules, one scalar function each, in order of complexity.
+"""The update rules, one function each, in order of complexity.
 
-A rule sees one element: parameter `p`, gradient `g`, its slots, and `h`, the scalars of this update. It returns the
+Most see one element: parameter `p`, gradient `g`, its slots, and `h`, the scalars of this update. It returns the
 new parameter and the new slots. `loops` compiles it into a loop over arenas. What depends on the step count is computed
 once per update, in float64, by the rule's `scalars` function; so are complements such as 1 - beta. A number written
 inside a rule would promote a float32 loop to float64, which `own` refuses in rules that are not of this package. The
@@ -8,6 +8,9 @@ mathematics, variants and references are in `optserve.optim`.
 
 Averages are written as `m + (1 - beta) * (g - m)`: in float32 that loses less than `beta * m + (1 - beta) * g`,
 because 1 - beta is small and its rounding only touches the increment.
+
+A rule that needs norms, rows or matrix products is a TensorRule instead: a function of the tensors of a group, in NumPy.
+`arrays` has what these share.
 """
 
 from collections.abc import Callable
@@ -16,13 +19,15 @@ from typing import Any
 from optserve import optim
 from optserve._errors import UnknownRule
 from optserve.optim import Optimizer
-from optserve_server.engine.rules import adam, adaptive, momentum, own
+from optserve_server.engine.rules import adam, adaptive, automatic, factored, layerwise, momentum, orthogonal, own
 from optserve_server.engine.rules.rule import Memory, Preparation, Rule, Tensor, TensorRule, preparation
 
 __all__ = ["RULES", "Memory", "Preparation", "Rule", "Tensor", "TensorRule", "known", "preparation", "rule_for"]
 
 # By optimizer: its rule, or a function from its flags to one of several. A subclass has its parent's.
-RULES = momentum.RULES | adaptive.RULES | adam.RULES
+RULES = (
+    momentum.RULES | adaptive.RULES | adam.RULES | layerwise.RULES | factored.RULES | automatic.RULES | orthogonal.RULES
+)
 
 
 def rule_for(optimizer: Optimizer) -> Rule | TensorRule:

@@ -39,10 +39,11 @@ def amsgrad_corrected(
     return p - h.lr * m / (sqrt(largest) + h.eps), m, v, largest
 
 
-def adam_scalars(o: optim.Adam | optim.Yogi, t: int, memory: Memory) -> AdamScalars:
+def adam_scalars(o: optim.Adam | optim.SparseAdam | optim.Yogi, t: int, memory: Memory) -> AdamScalars:
     beta1, beta2 = o.betas
     root = sqrt(1.0 - beta2**t)
-    hat = isinstance(o, optim.Adam) and o.convention == "keras"  # epsilon beside the uncorrected root
+    # epsilon beside the uncorrected root
+    hat = isinstance(o, optim.SparseAdam) or (isinstance(o, optim.Adam) and o.convention == "keras")
     return AdamScalars(
         lr=o.lr / (1.0 - beta1**t) * (root if hat else 1.0),
         alpha1=1.0 - beta1,
@@ -277,6 +278,7 @@ def adopt_scalars(o: optim.ADOPT, t: int, memory: Memory) -> AdoptScalars:
 
 
 ADAM = Rule(adam, adam_scalars, ("exp_avg", "exp_avg_sq"))
+SPARSE_ADAM = Rule(adam, adam_scalars, ("exp_avg", "exp_avg_sq"), lazy=True)
 AMSGRAD = Rule(amsgrad, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
 AMSGRAD_CORRECTED = Rule(amsgrad_corrected, adam_scalars, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
 ADAMAX = Rule(adamax, adamax_scalars, ("exp_avg", "exp_inf"))
@@ -292,6 +294,7 @@ def adams(o: optim.Adam) -> Rule:
 
 RULES: Rules = {
     optim.Adam: adams,
+    optim.SparseAdam: SPARSE_ADAM,
     optim.NAdam: Rule(
         nadam, nadam_scalars, ("exp_avg", "exp_avg_sq"), memory={"mu_product": 1.0}, remember=nadam_product
     ),

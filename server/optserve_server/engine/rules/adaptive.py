@@ -1,10 +1,14 @@
 """A learning rate for every element, from the gradients that it has seen."""
 
+from collections.abc import Sequence
 from math import copysign, sqrt
 from typing import NamedTuple
 
+import numpy as np
+
 from optserve import optim
-from optserve_server.engine.rules.rule import Memory, Rule, Rules
+from optserve_server.engine.rules.arrays import Array, squares
+from optserve_server.engine.rules.rule import Memory, Rule, Rules, Tensor, TensorRule, rows
 
 
 class AdagradScalars(NamedTuple):
@@ -22,8 +26,17 @@ def adagrad_inside(p: float, g: float, s: float, h: AdagradScalars) -> tuple[flo
     return p - h.lr * g / sqrt(s + h.eps), s
 
 
-def adagrad_scalars(o: optim.Adagrad, t: int, memory: Memory) -> AdagradScalars:
+def adagrad_scalars(o: optim.Adagrad | optim.RowWiseAdagrad, t: int, memory: Memory) -> AdagradScalars:
     return AdagradScalars(o.lr / (1.0 + (t - 1) * o.lr_decay), o.eps)
+
+
+def row_wise_adagrad(o: optim.RowWiseAdagrad, tensors: Sequence[Tensor], memory: Array) -> None:
+    for tensor in tensors:
+        p, g, s = tensor.parameter, tensor.gradient, tensor.slots["sum"]
+        h = adagrad_scalars(o, tensor.t, ())
+        within = tuple(range(1, g.ndim))
+        s += squares(g).mean(axis=within)
+        p -= h.lr * g / (np.expand_dims(np.sqrt(s), within) + h.eps)
 
 
 class RMSpropScalars(NamedTuple):
@@ -194,6 +207,9 @@ RMSPROPS = {
 
 RULES: Rules = {
     optim.Adagrad: lambda o: ADAGRAD if o.convention == "torch" else ADAGRAD_INSIDE,
+    optim.RowWiseAdagrad: TensorRule(
+        row_wise_adagrad, {"sum": rows}, initial=lambda o: {"sum": o.initial_accumulator_value}, lazy=True
+    ),
     optim.Adadelta: Rule(adadelta, adadelta_scalars, ("square_avg", "acc_delta")),
     optim.RMSprop: lambda o: RMSPROPS[o.convention != "torch", o.centered, o.momentum != 0.0],
     optim.BiasCorrectedRMSprop: Rule(bias_corrected_rmsprop, bias_corrected_rmsprop_scalars, ("square_avg",)),

@@ -34,7 +34,7 @@ class TensorRule:
 
     `update(optimizer, tensors, memory)` makes one update of the tensors of a group that a push has; `memory`, float64, one
     value for each name in that order, is the group's own and changed in place. A slot has the shape that is given for a
-    tensor; the rest is as in Rule.
+    tensor, NOTHING if it has none; the rest is as in Rule.
     """
 
     update: Callable[[Any, Sequence[Tensor], NDArray[np.float64]], None]
@@ -45,6 +45,24 @@ class TensorRule:
     evaluation: str = ""
     lazy: bool = False
     reads_parameters: bool = True
+
+
+def elements(tensor: TensorSpec) -> tuple[int, ...]:
+    """The shape of a slot with a value for every element."""
+    return tensor.shape
+
+
+def single(tensor: TensorSpec) -> tuple[int, ...]:
+    """The shape of a slot with one value for the tensor."""
+    return ()
+
+
+def rows(tensor: TensorSpec) -> tuple[int, ...]:
+    """The shape of a slot with a value for every row."""
+    return tensor.shape[:1]
+
+
+NOTHING = (0,)  # the shape of a slot that a tensor does not have
 
 
 class Preparation(NamedTuple):
@@ -63,9 +81,10 @@ def preparation(optimizer: Any, factor: float = 1.0, bound: float = 0.0) -> Prep
     """
     scale = -factor if getattr(optimizer, "maximize", False) else factor
     weight_decay = getattr(optimizer, "weight_decay", 0.0)
-    if optimizer.own_weight_decay:  # which is the rule's business
+    keras = getattr(optimizer, "convention", "") == "keras"  # where every rule's decay is this
+    if optimizer.own_weight_decay and not keras:  # which is the rule's business
         return Preparation(scale, bound, l2=0.0, shrink=0.0)
-    if getattr(optimizer, "decoupled_weight_decay", False) or getattr(optimizer, "convention", "") == "keras":
+    if getattr(optimizer, "decoupled_weight_decay", False) or keras:
         return Preparation(scale, bound, l2=0.0, shrink=optimizer.lr * weight_decay)
     return Preparation(scale, bound, l2=weight_decay, shrink=0.0)
 
