@@ -220,6 +220,7 @@ def test_a_hyperparameter_that_overflows_the_type_of_an_update_is_refused(
         with pytest.raises(optserve.InvalidHyperparameter, match="computed in float32"):
             weights.push(gradients(np.float32)[0], hyperparameters={"default": {"lr": 1e39}})
         assert_same_bits(dict(weights.pull()), start)
+        weights.delete()
 
 
 def test_a_set_that_does_not_hold_its_parameters_refuses_a_rule_that_reads_them(
