@@ -4,6 +4,7 @@ The oracle is torch where torch has the rule, optax or Keras where they have it 
 paper in NumPy, which shares no code with the engine and calculates in the dtype of the parameters.
 """
 
+import contextlib
 import itertools
 import math
 from collections import defaultdict
@@ -72,6 +73,11 @@ def torch_in_float64() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def muon_in_full_precision() -> contextlib.AbstractContextManager[object]:
+    """Let torch's Muon not round to bfloat16."""
+    return mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
 def torch_oracle(name: str, optimizer: optim.Optimizer) -> Oracle:
     """`torch.optim.<name>`, for-loop path, in the dtype of the parameters."""
     options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
@@ -109,7 +115,7 @@ def muon_oracle(o: optim.Muon) -> Oracle:
 
     def run(parameters: Array, steps: Sequence[Step]) -> Array:
         if parameters.ndim == 2:
-            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            with muon_in_full_precision():
                 return torch_run("Muon", parameters, steps, torch.neg if o.maximize else torch.clone, **options)
         own = {"betas": o.adamw_betas, "eps": o.adamw_eps, "weight_decay": o.adamw_weight_decay, "maximize": o.maximize}
         return torch_run("AdamW", parameters, [replace(step, lr=o.adamw_lr) for step in steps], foreach=False, **own)
