@@ -223,7 +223,7 @@ def test_ranges_are_those_of_torch(info: OptimizerInfo) -> None:
     """At their ends and beyond. What is not finite is refused here in any case."""
     name = info.optim_cls.__name__
     for hyperparameter, _, default in optim.catalogue()[name].described():
-        if isinstance(default, bool | str) or hyperparameter not in inspect.signature(info.optim_cls).parameters:
+        if isinstance(default, bool | str | None) or hyperparameter not in inspect.signature(info.optim_cls).parameters:
             continue
         for value in (-1.0, -1e-9, 0.0, 0.5, 1.0, 1.0 + 1e-9, 2.0):
             for given in [value] if isinstance(default, int | float) else replaced_one_by_one(default, value):
