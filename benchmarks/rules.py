@@ -17,11 +17,12 @@ from rich.table import Table
 
 from benchmarks.measure import Timing, interleaved, keep
 from benchmarks.units import count, duration
-from optserve import TensorSpec, optim
+from optserve import ClipGlobalNorm, ClipValue, TensorSpec, Transforms, optim
 from optserve._specification import BLOCK, ParameterSetSpec, Run
 from optserve_server.engine.arena import aligned
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.push import Declared, Push
+from optserve_server.engine.rules import rule_for
 from optserve_server.engine.threads import Threads
 
 SIZE = 25_000_000
@@ -60,6 +61,15 @@ RULES = {
     "Adadelta": optim.Adadelta(),
     "Rprop": optim.Rprop(),
     "FTRL": optim.FTRL(),
+    "SparseAdam": optim.SparseAdam(),
+    "ScheduleFreeSGD": optim.ScheduleFreeSGD(),
+    "ScheduleFreeAdamW": optim.ScheduleFreeAdamW(),
+}
+
+PLAIN = Transforms()
+CLIPPED = {
+    "Adam, clipped by norm": Transforms(clip=ClipGlobalNorm(1.0)),
+    "Adam, clipped by value": Transforms(clip=ClipValue(1.0)),
 }
 
 Kernel = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -80,12 +90,16 @@ WITH_DENORMALS = ("Momentum", "Adagrad", "RMSprop", "Adam")
 class Contender:
     """One parameter set of one tensor, stepped directly on the engine."""
 
-    def __init__(self, optimizer: optim.Optimizer, gradient: np.ndarray, threads: Threads) -> None:
+    def __init__(
+        self, optimizer: optim.Optimizer, gradient: np.ndarray, threads: Threads, transforms: Transforms = PLAIN
+    ) -> None:
         self.spec = TensorSpec.of("x", gradient)
         self.gradient = gradient
-        self.set = ParameterSet(ParameterSetSpec("bench", (self.spec,), optimizer), incarnation=1, threads=threads)
+        spec = ParameterSetSpec("bench", (self.spec,), optimizer, transforms=transforms)
+        self.set = ParameterSet(spec, incarnation=1, threads=threads)
         self.session = self.set.open("bench", 0, self)
-        self.bytes = 4 * (3 + 2 * len(self.set.rule.slots))
+        self.slots = rule_for(optimizer).slots
+        self.bytes = 4 * (3 + 2 * len(self.slots))
 
     def guard(self) -> Push:
         """Stage the gradient and guard it."""
@@ -97,7 +111,7 @@ class Contender:
     def fill(self, value: float) -> None:
         """Fill the whole state with a value."""
         state = self.set.capture()
-        for slot in self.set.rule.slots:
+        for slot in self.slots:
             for array in state.arenas[slot].values():
                 array.fill(value)
         self.set.restore(state)
@@ -174,8 +188,11 @@ def _rules(gradient: np.ndarray, threads: Threads, rounds: int) -> dict[str, Any
         table.add_column(column, justify="left" if column == "rule" else "right")
     figures = {}
     roofline = axpy(gradient, threads)
-    for name, optimizer in RULES.items():
-        contender = Contender(optimizer, gradient, threads)
+    measured = {name: (optimizer, PLAIN) for name, optimizer in RULES.items()}
+    for name, (optimizer, transforms) in (
+        measured | {name: (optim.Adam(), each) for name, each in CLIPPED.items()}
+    ).items():
+        contender = Contender(optimizer, gradient, threads, transforms)
         turns = {"axpy": roofline, "update": contender.updater(), "step": contender.step}
         if name in TORCH:
             turns["torch"] = torch_step(TORCH[name], gradient)

@@ -50,9 +50,9 @@ def test_the_result_does_not_depend_on_chunks_or_their_order(array: Any, cuts: l
     whole.finish()
     cut.finish()
     np.testing.assert_array_equal(staged_elements(cut, array).view(np.uint8), array.view(np.uint8))
-    assert cut.norm([0]) == whole.norm([0])
+    assert cut.norm(0) == whole.norm(0)
     assert cut.digest() == whole.digest()
-    assert whole.norm([0]) == pytest.approx(float(np.linalg.norm(array.astype(np.float64))), rel=1e-12)
+    assert whole.norm(0) == pytest.approx(float(np.linalg.norm(array.astype(np.float64))), rel=1e-12)
 
 
 @given(tensors(), st.data())
@@ -79,7 +79,7 @@ def test_the_digest_tells_flipped_signs(array: Any, data: st.DataObject) -> None
     one.finish()
     two.finish()
     assert one.digest() != two.digest()
-    assert one.norm([0]) == two.norm([0])
+    assert one.norm(0) == two.norm(0)
 
 
 @given(tensors(), st.data())
@@ -94,7 +94,7 @@ def test_a_segment_may_be_replaced_explicitly(array: Any, data: st.DataObject) -
     expected = stage(array, [])
     expected.finish()
     np.testing.assert_array_equal(staged_elements(staging, array).view(np.uint8), array.view(np.uint8))
-    assert (staging.norm([0]), staging.digest()) == (expected.norm([0]), expected.digest())
+    assert (staging.norm(0), staging.digest()) == (expected.norm(0), expected.digest())
 
 
 @given(tensors(), st.data(), st.sampled_from([np.nan, np.inf, -np.inf]))
@@ -122,7 +122,7 @@ def test_the_digest_tells_flipped_signs_whose_places_would_cancel(dtype: Any) ->
 def test_large_float64_values_whose_squares_overflow_are_finite() -> None:
     staging = stage(np.array([1e200, -1e300, 3.0]), [])
     staging.finish()
-    assert staging.norm([0]) == np.inf
+    assert staging.norm(0) == np.inf
 
 
 @pytest.mark.parametrize(

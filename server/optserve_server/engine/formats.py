@@ -22,7 +22,9 @@ _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
 _QUIET_NAN = np.uint32(0x7FC00000)
 _HALF_INFINITY = np.uint32(0x0F800000)  # a binary16 infinity moved to binary32's mantissa position
-_REBIAS = np.float32(2.0**112)  # 127 - 15 binades
+_REBIAS = np.uint32(112 << 23)  # 127 - 15 binades
+_HALF_LEAST_NORMAL = np.uint32(0x0400)  # as a binary16
+_HALF_SPACING = np.float32(2.0**-24)  # of denormal binary16s
 _HALF_OVERFLOW = np.uint32(0x47800000)  # 65536, past the largest binary16
 _HALF_NORMAL = np.uint32(0x38800000)  # 2^-14, the smallest normal binary16
 _DENORMAL_MAGIC = np.float32(0.5)  # adding it leaves a denormal binary16 in the low mantissa bits
@@ -51,8 +53,11 @@ def _encode_bfloat16(x: Any) -> Any:
 @njit(error_model="numpy")
 def _decode_float16(x: Any) -> Any:
     bits = np.uint32(x)
-    magnitude = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << 13)
-    scaled = np.float32(magnitude.view(np.float32) * _REBIAS).view(np.uint32)
+    half = np.uint32(bits & np.uint32(0x7FFF))
+    magnitude = np.uint32(half << 13)
+    scaled = np.uint32(magnitude + _REBIAS)
+    if half < _HALF_LEAST_NORMAL:  # by no denormal binary32, which updates would take for zero
+        scaled = np.float32(np.float32(np.int32(half)) * _HALF_SPACING).view(np.uint32)
     if magnitude >= _HALF_INFINITY:
         scaled = np.uint32(magnitude | _INFINITY)
     return np.uint32(scaled | np.uint32(np.uint32(bits & np.uint32(0x8000)) << 16)).view(np.float32)

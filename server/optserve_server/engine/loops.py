@@ -2,8 +2,9 @@
 
 Work is a table of ranges, one row for each run of consecutive elements, so that a push of a thousand small tensors is one
 call. Gradients are read where they were received, through their address; x86-64 and ARM64 load unaligned elements.
-Arithmetic follows IEEE 754 to the letter (no fastmath, no contraction) except for the sum of squares, where the compiler may
-reassociate within a block; blocks are fixed, so results do not depend on chunks, threads or transport.
+Arithmetic follows IEEE 754 to the letter (no fastmath, no contraction) with two exceptions: in the sum of squares the compiler
+may reassociate within a block, and updates take denormal numbers for zero (`denormals`). Blocks are fixed, so results do not
+depend on chunks, threads or transport.
 """
 
 import functools
@@ -17,6 +18,7 @@ from numba import carray, njit
 
 from optserve._dtypes import DType
 from optserve._specification import BLOCK
+from optserve_server.engine.denormals import flush, restore
 from optserve_server.engine.formats import bits, decoder, encoder
 from optserve_server.engine.readers import pointer, reader
 from optserve_server.engine.rules import Preparation, Rule
@@ -32,6 +34,7 @@ UPDATE_COLUMNS = 8
 
 _UPDATE = """\
 def update(ranges, scalars, before, parameters{slots}):
+    flags = flush()
     buffer, held_buffer = new_buffer(), new_held_buffer()
     for r in range(len(ranges)):
         start, end, row = ranges[r, 0], ranges[r, 0] + ranges[r, 1], ranges[r, 2]
@@ -43,6 +46,7 @@ def update(ranges, scalars, before, parameters{slots}):
             p = parameters[first:last]
 {views}
 {elements}
+    restore(flags)
 """
 
 # What starts from `before` is copied a block at a time, and found in the cache: one loop serves updates in place and others.
@@ -108,6 +112,8 @@ def update_loop(
         "bounded": _clipped if clips else _unchanged,
         "decode": decoder(dtype),
         "decode_held": decoder(held or dtype),
+        "flush": flush,
+        "restore": restore,
         "new_buffer": new_buffer,
         "new_held_buffer": new_held_buffer,
         "read": read,
