@@ -41,7 +41,7 @@ from optserve._errors import (
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import (
     EMA,
     SWA,
@@ -109,6 +109,7 @@ __all__ = [
     "SessionSuperseded",
     "SkipNonFinite",
     "SpecificationMismatch",
+    "StateFormat",
     "Summary",
     "Sync",
     "TensorMismatch",

@@ -20,6 +20,13 @@ class Holds(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HOLDS_PARAMETERS: _ClassVar[Holds]
     HOLDS_MOMENTS: _ClassVar[Holds]
 
+class StateFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STATE_FORMAT_UNSPECIFIED: _ClassVar[StateFormat]
+    STATE_FORMAT_FULL: _ClassVar[StateFormat]
+    STATE_FORMAT_BFLOAT16: _ClassVar[StateFormat]
+    STATE_FORMAT_INT8: _ClassVar[StateFormat]
+
 class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DURABILITY_UNSPECIFIED: _ClassVar[Durability]
@@ -29,6 +36,10 @@ class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 HOLDS_UNSPECIFIED: Holds
 HOLDS_PARAMETERS: Holds
 HOLDS_MOMENTS: Holds
+STATE_FORMAT_UNSPECIFIED: StateFormat
+STATE_FORMAT_FULL: StateFormat
+STATE_FORMAT_BFLOAT16: StateFormat
+STATE_FORMAT_INT8: StateFormat
 DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_JOURNAL: Durability
@@ -45,7 +56,7 @@ class Position(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state")
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +65,7 @@ class ParameterSetSpec(_message.Message):
     UNGUARDED_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     optimizer: _optimizer_pb2.Optimizer
@@ -62,7 +74,8 @@ class ParameterSetSpec(_message.Message):
     unguarded: bool
     policy: _policy_pb2.Policy
     transforms: _transforms_pb2.Transforms
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ...) -> None: ...
+    state: StateFormat
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")

@@ -15,8 +15,8 @@ from optserve._errors import InvalidArgument, InvalidTransform, ParameterSetNotF
 from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import SkipNonFinite
-from optserve_server.engine import snapshot, update
-from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
+from optserve_server.engine import slot_formats, snapshot, update
+from optserve_server.engine.arena import Arena, ComputeType, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, change, resolve
@@ -71,7 +71,7 @@ class ParameterSet:
         self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
     ) -> None:
         self.spec = spec
-        self.layout = Layout(spec.tensors)
+        self.layout = slot_formats.layout(spec)
         self.indices = {tensor.name: index for index, tensor in enumerate(spec.tensors)}
         self.create_time = datetime.datetime.now(datetime.UTC)
         self._groups = resolve(spec)

@@ -13,7 +13,7 @@ from optserve._errors import TensorMismatch
 from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import ClipAdaptive
-from optserve_server.engine import averages, clipping
+from optserve_server.engine import averages, clipping, slot_formats
 from optserve_server.engine.arena import Arena, Layout
 from optserve_server.engine.clipping import Clipping
 from optserve_server.engine.groups import TensorGroup
@@ -21,6 +21,7 @@ from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.mean import Gradients, Mean, dtype_of
 from optserve_server.engine.push import Push
 from optserve_server.engine.rules import Memory, TensorRule, rule_for
+from optserve_server.engine.slot_formats import EncodedLayout
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Factors, Planner, Read, Update, Work
 from optserve_server.engine.whole import WholePlanner
@@ -68,7 +69,9 @@ class Pipeline:
         if isinstance(self.rule, TensorRule):
             self._whole = WholePlanner(self.rule, spec.tensors, layout, self.slots, bound)
         else:
-            self._loops = Planner(self.rule, layout, moments_only=self._moments_only, bound=bound)
+            self._loops = Planner(
+                self.rule, layout, moments_only=self._moments_only, bound=bound, formats=slot_formats.chosen(spec)
+            )
         self._averages = bool(averages.slots(spec.transforms))
         self._compiled: set[Read] = set()
 
@@ -210,7 +213,8 @@ def slot_layouts(spec: ParameterSetSpec, layout: Layout) -> dict[str, Layout]:
             for name, shape in rule.slots.items()
         }
         return shaped | dict.fromkeys(averaged, layout)
-    return dict.fromkeys((*rule.slots, *averaged), layout)
+    encoded = {name: EncodedLayout(layout, format) for name, format in slot_formats.chosen(spec).items()}
+    return dict.fromkeys((*rule.slots, *averaged), layout) | encoded
 
 
 def gathers(spec: ParameterSetSpec) -> bool:

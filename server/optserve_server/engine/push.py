@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32
 from optserve._errors import InvalidArgument, InvalidChunk, InvalidTransform, NonFiniteValue, Refusal, TensorMismatch
 from optserve._results import Position
-from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, Run, StateFormat, TensorSpec
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
 from optserve_server.engine.staging import StagedTensor, Staging
@@ -136,6 +136,8 @@ class Push:
             try:
                 self._check_pulled(pulled)
                 self._staging.finish()
+                if self._spec.state is StateFormat.INT8:  # whose blocks are updated as a whole
+                    self._staging.align()
             except InvalidArgument as error:
                 self.refuse(error)
             else:

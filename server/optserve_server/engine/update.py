@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
 from optserve_server.engine.rules import Memory, Rule, preparation
+from optserve_server.engine.slot_formats import GRAIN, SlotFormat
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
@@ -55,9 +56,9 @@ class LoopWork:
     scalars: NDArray[np.floating]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
-        threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas))
+        threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas), grain=GRAIN)
 
-    def arrays(self, arenas: Arenas) -> Iterable[NDArray[np.floating]]:
+    def arrays(self, arenas: Arenas) -> Iterable[NDArray[Any]]:
         """What the loop reads and writes."""
         chosen = (arenas.before, arenas.after, *(arenas.slots[name] for name in self.slots))
         return (arena[self.compute] for arena in chosen)
@@ -74,14 +75,24 @@ class Update:
 class Planner:
     """Plans updates of one set by a rule for single elements: it knows the rule and the layout.
 
-    `bound` is of gradients that are clipped by value, 0 if they are not.
+    `bound` is of gradients that are clipped by value, 0 if they are not; `formats` are of the slots that are kept in fewer
+    bits, by name.
     """
 
-    def __init__(self, rule: Rule, layout: Layout, *, moments_only: bool, bound: float = 0.0) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        layout: Layout,
+        *,
+        moments_only: bool,
+        bound: float,
+        formats: Mapping[str, SlotFormat],
+    ) -> None:
         self._rule = rule
         self._layout = layout
         self._moments_only = moments_only
         self._bound = bound
+        self._formats = tuple(formats.get(name) for name in rule.slots)
 
     def plan(
         self,
@@ -115,7 +126,7 @@ class Planner:
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
                 start, carry = self._layout.places[index].start, int(index not in updated)
-                table += _ranges(start, row, gradient, parameter or gradient, carry)
+                table += _ranges(start, row, gradient, parameter or gradient, carry, t)
         return Update([self._work(read, table, scalars) for read, table in ranges.items()], memories)
 
     def read(self, gradient: StagedTensor, parameter: StagedTensor | None) -> Read:
@@ -133,7 +144,7 @@ class Planner:
         for row in scalars:
             check_computable(row, compute)
         table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
-        loop = update_loop(self._rule, *read, clips=self._bound > 0)
+        loop = update_loop(self._rule, *read, clips=self._bound > 0, formats=self._formats)
         return LoopWork(loop, compute, self._rule.slots, table, np.array(scalars, compute))
 
 
@@ -193,14 +204,16 @@ def _joined(works: Sequence[LoopWork]) -> tuple[Table, NDArray[np.floating]]:
     return np.concatenate(tables), np.concatenate([work.scalars for work in works])
 
 
-def _ranges(start: int, row: int, gradient: StagedTensor, parameter: StagedTensor, carry: int) -> list[list[int]]:
+def _ranges(
+    start: int, row: int, gradient: StagedTensor, parameter: StagedTensor, carry: int, t: int
+) -> list[list[int]]:
     """Rows of an update's table for one tensor that starts at an element of the arena.
 
     Where there are no parameters, the gradient stands for them: what is read there is multiplied by zero, and it is finite.
     """
     return [
         [start + begin, end - begin, row, left.address, left.skip + begin - left.offset,
-         right.address, right.skip + begin - right.offset, carry]
+         right.address, right.skip + begin - right.offset, carry, t]
         for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
     ]  # fmt: skip
 

@@ -11,9 +11,29 @@ because 1 - beta is small and its rounding only touches the increment.
 
 from optserve.optim import Optimizer
 from optserve_server.engine.rules import adam, adaptive, momentum
-from optserve_server.engine.rules.rule import Memory, Preparation, Rule, Tensor, TensorRule, preparation
+from optserve_server.engine.rules.rule import (
+    AVERAGE_SQUARES,
+    AVERAGES,
+    Memory,
+    Preparation,
+    Rule,
+    Tensor,
+    TensorRule,
+    preparation,
+)
 
-__all__ = ["RULES", "Memory", "Preparation", "Rule", "Tensor", "TensorRule", "preparation", "rule_for"]
+__all__ = [
+    "AVERAGES",
+    "AVERAGE_SQUARES",
+    "RULES",
+    "Memory",
+    "Preparation",
+    "Rule",
+    "Tensor",
+    "TensorRule",
+    "preparation",
+    "rule_for",
+]
 
 # By optimizer: its rule, or a function from its flags to one of several. A subclass has its parent's.
 RULES = momentum.RULES | adaptive.RULES | adam.RULES

@@ -13,6 +13,10 @@ from optserve.optim import Optimizer
 Memory = tuple[float, ...]
 Shape = Callable[[TensorSpec], tuple[int, ...]]
 
+# Slots that may be kept in fewer bits, by their names in every rule: averages of gradients, and of squares.
+AVERAGES = frozenset({"exp_avg", "exp_avg_diff", "exp_avg_slow", "momentum_buffer", "velocity"})
+AVERAGE_SQUARES = frozenset({"acc_delta", "exp_avg_sq", "exp_avg_var", "square_avg"})
+
 
 def _nothing(optimizer: Any, t: int, memory: Memory) -> Memory:
     return memory
@@ -25,7 +29,8 @@ class Rule:
     `scalars(optimizer, t, memory)` gives `h` for a tensor's update number t = 1, 2, ...; `remember(optimizer, t,
     memory)` gives the memory that update t sees. Slots start at `initial(optimizer)`, as the parameters if they are among
     `copies`, or at zero. The slot `evaluation` holds the parameters to evaluate, if they are others than those to train. A rule
-    that `reads_parameters` does more with them than to add a step, and needs a set that holds them.
+    that `reads_parameters` does more with them than to add a step, and needs a set that holds them. Of the averages among the
+    slots, those that are `exact` are never kept in fewer bits.
     """
 
     function: Callable[..., Any]
@@ -37,6 +42,7 @@ class Rule:
     copies: tuple[str, ...] = ()
     evaluation: str = ""
     reads_parameters: bool = False
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
