@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optserve import Receipt, TensorSpec, Transforms, optim
+from optserve import Receipt, StateFormat, TensorSpec, Transforms, optim
 from optserve._specification import Holds, ParameterSetSpec, as_arrays
 from optserve._transforms import PLAIN
 from optserve._wire import pack
@@ -34,10 +34,11 @@ class DirectSet:
         holds: Holds = Holds.PARAMETERS,
         transforms: Transforms = PLAIN,
         groups: Sequence[optim.Group] = (),
+        state: StateFormat = StateFormat.FULL,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         specs = tuple(TensorSpec.of(name, array) for name, array in parameters.items())
-        spec = ParameterSetSpec("direct", specs, optimizer, tuple(groups), holds, transforms=transforms)
+        spec = ParameterSetSpec("direct", specs, optimizer, tuple(groups), holds, transforms=transforms, state=state)
         self._threads = Threads(threads)
         self.set = ParameterSet(spec, incarnation=1, threads=self._threads)
         if holds is Holds.PARAMETERS:

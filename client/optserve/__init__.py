@@ -53,7 +53,7 @@ from optserve._results import (
     Summary,
 )
 from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import (
     EMA,
     SWA,
@@ -126,6 +126,7 @@ __all__ = [
     "SessionSuperseded",
     "SkipNonFinite",
     "SpecificationMismatch",
+    "StateFormat",
     "Summary",
     "Sync",
     "Table",

@@ -16,7 +16,15 @@ from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
 from optserve._rows import Table, as_mapping
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
+from optserve._specification import (
+    Holds,
+    ParameterSetSpec,
+    StateFormat,
+    TensorSpec,
+    as_arrays,
+    check_client_id,
+    check_set_id,
+)
 from optserve._transforms import PLAIN, Transforms
 from optserve._transport import connect
 from optserve._wire import Frame, bytes_of, pack
@@ -58,6 +66,7 @@ class Client:
         guard: bool = True,
         policy: Policy = ASYNC,
         transforms: Transforms = PLAIN,
+        state: StateFormat | str = StateFormat.FULL,
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -68,7 +77,8 @@ class Client:
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
         says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
-        `transforms` are what happens around the rule: clipping, accumulation, averages. With `exist_ok`, attach to an existing
+        `transforms` are what happens around the rule: clipping, accumulation, averages. `state="bfloat16"` and `"int8"` keep
+        averages of gradients and of their squares in 2 bytes an element, or in about 1. With `exist_ok`, attach to an existing
         set of the same specification, whose values stay as they are. `client_id` and the formats are as in `parameter_set`.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy,
@@ -83,8 +93,18 @@ class Client:
             TensorSpec.of(name, arrays[name]) if name in arrays else _table_spec(name, tables[name])
             for name in parameters
         )
-        initial = {name: table.initial for name, table in tables.items()}
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), Holds(holds), guard, policy, transforms, initial)
+        spec = ParameterSetSpec(
+            id,
+            specs,
+            optimizer,
+            tuple(groups),
+            Holds(holds),
+            guard,
+            policy,
+            transforms,
+            StateFormat(state),
+            {name: table.initial for name, table in tables.items()},
+        )
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None

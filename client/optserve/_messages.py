@@ -19,7 +19,7 @@ from optserve._errors import (
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Constant, Initial, Normal, Uniform
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import (
     EMA,
     REFUSE,
@@ -51,6 +51,11 @@ _ENCODINGS = {
 }
 _STATUS_NAMES = {number: name for name, number in STATUS_NUMBERS.items()}
 _HOLDS = {Holds.PARAMETERS: parameter_set_pb2.HOLDS_PARAMETERS, Holds.MOMENTS: parameter_set_pb2.HOLDS_MOMENTS}
+_STATES = {
+    StateFormat.FULL: parameter_set_pb2.STATE_FORMAT_FULL,
+    StateFormat.BFLOAT16: parameter_set_pb2.STATE_FORMAT_BFLOAT16,
+    StateFormat.INT8: parameter_set_pb2.STATE_FORMAT_INT8,
+}
 
 _DTYPES = {
     FLOAT32: tensor_pb2.DTYPE_FLOAT32,
@@ -234,6 +239,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         policy=_encode_policy(spec.policy),
         transforms=_encode_transforms(spec.transforms),
         tables={name: _encode_initial(initial) for name, initial in spec.tables.items()},
+        state=_STATES[spec.state],
     )
 
 
@@ -251,6 +257,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         policy=_decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
         tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
+        state=_decode_state(message.state),
     )
 
 
@@ -506,3 +513,12 @@ def decode_holds(value: int) -> Holds:
         if number == value:
             return holds
     raise InvalidArgument(f"expected holds to be 0, 1 or 2; got {value}")
+
+
+def _decode_state(value: int) -> StateFormat:
+    if value == parameter_set_pb2.STATE_FORMAT_UNSPECIFIED:
+        return StateFormat.FULL
+    for state, number in _STATES.items():
+        if number == value:
+            return state
+    raise InvalidArgument(f"expected state to be 0, 1, 2 or 3; got {value}")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from optserve._dtypes import DType, dtype_named
-from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
+from optserve._errors import InvalidArgument, InvalidGroup, InvalidName, InvalidTensor
 from optserve._policies import ASYNC, Policy
 from optserve._rows import Initial, as_mapping
 from optserve._transforms import PLAIN, Transforms
@@ -34,6 +34,18 @@ class Holds(enum.Enum):
 
     PARAMETERS = "parameters"
     MOMENTS = "moments"
+
+
+class StateFormat(enum.Enum):
+    """How averages of gradients and of their squares are kept: in full, in 2 bytes an element, or in 1 and a scale for 256."""
+
+    FULL = "full"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise InvalidArgument(f"expected state to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
 
 
 def check_set_id(value: str) -> str:
@@ -121,6 +133,7 @@ class ParameterSetSpec:
     guard: bool = True
     policy: Policy = ASYNC
     transforms: Transforms = PLAIN
+    state: StateFormat = StateFormat.FULL
     tables: Mapping[str, Initial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

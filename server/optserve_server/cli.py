@@ -141,7 +141,7 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
         description = weights.describe()
     console = Console()
     console.print(f"{description.id} holds {description.spec.holds.value}, version {description.version}")
-    console.print(f"policy: {description.spec.policy}", highlight=False)
+    console.print(f"policy: {description.spec.policy}, state: {description.spec.state.value}", highlight=False)
     tensors = Table("tensor", "dtype", "shape", "group")
     groups = {tensor: group.name for group in description.groups for tensor in group.tensors}
     for tensor in description.spec.tensors:

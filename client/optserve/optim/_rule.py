@@ -35,7 +35,7 @@ class Rule:
     sees. Slots start at `initial(optimizer)`, as the parameters if they are among `copies`, or at zero. The slot `evaluation`
     holds the parameters to evaluate, if they are others than those to train. A `lazy` rule leaves alone what has no gradient,
     so that it may be given some rows only. A rule that `reads_parameters` does more with them than to add a step, and needs a
-    set that holds them.
+    set that holds them. Of the averages among the slots, those that are `exact` are never kept in fewer bits.
     """
 
     function: Callable[..., Any]
@@ -48,3 +48,4 @@ class Rule:
     evaluation: str = ""
     lazy: bool = False
     reads_parameters: bool = False
+    exact: tuple[str, ...] = ()

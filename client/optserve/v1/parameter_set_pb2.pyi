@@ -20,6 +20,13 @@ class Holds(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HOLDS_PARAMETERS: _ClassVar[Holds]
     HOLDS_MOMENTS: _ClassVar[Holds]
 
+class StateFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STATE_FORMAT_UNSPECIFIED: _ClassVar[StateFormat]
+    STATE_FORMAT_FULL: _ClassVar[StateFormat]
+    STATE_FORMAT_BFLOAT16: _ClassVar[StateFormat]
+    STATE_FORMAT_INT8: _ClassVar[StateFormat]
+
 class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DURABILITY_UNSPECIFIED: _ClassVar[Durability]
@@ -29,6 +36,10 @@ class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 HOLDS_UNSPECIFIED: Holds
 HOLDS_PARAMETERS: Holds
 HOLDS_MOMENTS: Holds
+STATE_FORMAT_UNSPECIFIED: StateFormat
+STATE_FORMAT_FULL: StateFormat
+STATE_FORMAT_BFLOAT16: StateFormat
+STATE_FORMAT_INT8: StateFormat
 DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_JOURNAL: Durability
@@ -73,7 +84,7 @@ class Normal(_message.Message):
     def __init__(self, std: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "tables")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state", "tables")
     class TablesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +100,7 @@ class ParameterSetSpec(_message.Message):
     UNGUARDED_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
@@ -98,8 +110,9 @@ class ParameterSetSpec(_message.Message):
     unguarded: bool
     policy: _policy_pb2.Policy
     transforms: _transforms_pb2.Transforms
+    state: StateFormat
     tables: _containers.MessageMap[str, Initial]
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., tables: _Optional[_Mapping[str, Initial]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")

@@ -28,16 +28,19 @@ class Place:
 
 
 class Layout:
-    """Places of a set's tensors, the same in every arena of the set; half precision is laid out as float32."""
+    """Places of a set's tensors, the same in every arena of the set; half precision is laid out as float32.
 
-    def __init__(self, tensors: Sequence[TensorSpec]) -> None:
+    Tensors begin at multiples of `alignment` bytes.
+    """
+
+    def __init__(self, tensors: Sequence[TensorSpec], alignment: int = ALIGNMENT) -> None:
         self.sizes: dict[ComputeType, int] = {}
         self.places: list[Place] = []
         for tensor in tensors:
             compute = tensor.dtype.compute
             start = self.sizes.get(compute, 0)
             self.places.append(Place(compute, start, tensor.size))
-            self.sizes[compute] = start + padded(tensor.size * compute.itemsize) // compute.itemsize
+            self.sizes[compute] = start + padded(tensor.size * compute.itemsize, alignment) // compute.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -69,9 +72,9 @@ class Layout:
         return dict(zip(self.sizes, ends, strict=False))
 
 
-def padded(nbytes: int) -> int:
+def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """Bytes up to the next boundary of alignment."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return -(-nbytes // alignment) * alignment
 
 
 def copy(arena: Arena) -> Arena:

@@ -15,10 +15,9 @@ from optserve._errors import (
     ServerBusy,
     SpecificationMismatch,
 )
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import REFUSE, ClipAdaptive
-from optserve_server.engine import clipping
-from optserve_server.engine.arena import Layout
+from optserve_server.engine import clipping, slot_formats
 from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.pipeline import gathers, slot_layouts
@@ -62,7 +61,9 @@ class Engine:
                 f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
                 "pass exist_ok=True to attach to it"
             )
-        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "tables"):
+        for name in (
+            "tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "state", "tables",
+        ):  # fmt: skip
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
                 if name == "tensors":
@@ -73,7 +74,8 @@ class Engine:
         return present
 
     def check(self, spec: ParameterSetSpec) -> None:
-        """Raises InvalidHyperparameter or InvalidTransform for what a set can't do with what it holds or measures."""
+        """Raises InvalidHyperparameter, InvalidTransform or InvalidTensor for what a set can't do with what it holds or
+        measures."""
         rule, transforms = rule_for(spec.optimizer), spec.transforms
         if spec.holds is Holds.MOMENTS and rule.reads_parameters:
             raise InvalidHyperparameter(
@@ -104,11 +106,13 @@ class Engine:
                 f"parameter set {spec.id!r}: {spec.optimizer.rule} keeps parameters to evaluate itself; expected no average "
                 "beside it"
             )
+        if spec.state is not StateFormat.FULL:
+            slot_formats.check(spec)
 
     def check_room(self, spec: ParameterSetSpec) -> None:
         """Raises InvalidTensor for a set that could never fit into this machine's memory."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        layout = Layout(spec.tensors)
+        layout = slot_formats.layout(spec)
         arenas = [layout, *slot_layouts(spec, layout).values(), *([layout] if gathers(spec) else [])]
         needed = sum(each.nbytes for each in arenas)
         if needed > memory:

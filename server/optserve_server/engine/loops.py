@@ -11,7 +11,7 @@ import functools
 import linecache
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
@@ -22,6 +22,7 @@ from optserve_server.engine.denormals import flush, restore
 from optserve_server.engine.formats import bits, decoder, encoder
 from optserve_server.engine.readers import pointer, reader
 from optserve_server.engine.rules import Preparation, Rule
+from optserve_server.engine.slot_formats import SlotFormat, first_random, next_random
 
 Loop = Callable[..., Any]
 
@@ -29,13 +30,13 @@ _compile = functools.partial(njit, nogil=True, error_model="numpy")
 
 
 # Columns of an update's table of ranges: first element and count in the arena, row of `scalars`, address and skip (`readers`)
-# of the gradient and, for sets that hold moments only, of the caller's parameters; and whether to start from `before`.
-UPDATE_COLUMNS = 8
+# of the gradient and, for sets that hold moments only, of the caller's parameters; whether to start from `before`; and t.
+UPDATE_COLUMNS = 9
 
 _UPDATE = """\
 def update(ranges, scalars, before, parameters{slots}):
     flags = flush()
-    buffer, held_buffer = new_buffer(), new_held_buffer()
+    buffer, held_buffer = new_buffer(), new_held_buffer(){blocks}
     for r in range(len(ranges)):
         start, end, row = ranges[r, 0], ranges[r, 0] + ranges[r, 1], ranges[r, 2]
         {prepared} = {prepared_values}
@@ -44,8 +45,7 @@ def update(ranges, scalars, before, parameters{slots}):
             last = min(first + BLOCK, end)
             gradient = read(ranges[r, 3], ranges[r, 4] + first - start, last - first, buffer)
             p = parameters[first:last]
-{views}
-{elements}
+{views}{elements}
     restore(flags)
 """
 
@@ -68,6 +68,36 @@ _OF_MOMENTS = """\
 """
 
 
+class _SlotText(NamedTuple):
+    """What the source of an update says of slot number `k`, which it calls `s`."""
+
+    block: str
+    view: str
+    before: str
+    after: str
+    encode: str
+    store: str
+
+
+_IN_FULL = _SlotText(
+    block="", view="            {s} = {s}_arena[first:last]\n", before="{s}[i]", after="{s}[i]", encode="", store=""
+)
+_ENCODED = _SlotText(
+    block="\n    {s}_block = {s}_new_block()",
+    view="""\
+            {s} = {s}_load({s}_arena, first, last, {s}_block)
+            {s}_random = first_random(first, ranges[r, 8], {k})
+""",
+    before="{s}_decode({s}[i])",
+    after="{s}_after",
+    encode="""\
+                {s}[i] = {s}_encode({s}_after, {s}_random)
+                {s}_random = next_random({s}_random)
+""",
+    store="            {s}_store({s}_arena, first, last, {s}_block, ranges[r, 8], {k})\n",
+)
+
+
 @njit(error_model="numpy")
 def _unchanged(x: Any, bound: Any) -> Any:
     return x
@@ -80,7 +110,13 @@ def _clipped(x: Any, bound: Any) -> Any:
 
 @functools.cache
 def update_loop(
-    rule: Rule, scalars: type[Any], dtype: DType, held: DType | None = None, *, clips: bool = False
+    rule: Rule,
+    scalars: type[Any],
+    dtype: DType,
+    held: DType | None = None,
+    *,
+    clips: bool,
+    formats: tuple[SlotFormat | None, ...],
 ) -> Loop:
     """`update(ranges, scalars, before, parameters, *slots)`: one step of a rule on gradients of a dtype.
 
@@ -89,22 +125,27 @@ def update_loop(
 
     `ranges` is int64 [n, UPDATE_COLUMNS]. A row of the array `scalars` holds the Preparation, then the rule's own, of the given
     NamedTuple, in the compute dtype. Slots are updated in place; so are parameters, except for ranges that start from those in
-    `before`. All are arrays of the compute dtype. The source is written out for the rule's number of slots, since Numba has no
-    loop over arrays of a tuple that vectorises.
+    `before`. All are arrays of the compute dtype, but for slots that are kept in one of `formats`. The source is written out
+    for the rule's number of slots, since Numba has no loop over arrays of a tuple that vectorises.
     """
     prepared = len(Preparation._fields)
-    names = [f"s{k}" for k in range(len(rule.slots))]
+    slots = [
+        _SlotText(*(part.format(s=f"s{k}", k=k) for part in (_ENCODED if format else _IN_FULL)))
+        for k, format in enumerate(formats)
+    ]
     body = _OF_PARAMETERS if held is None else _OF_MOMENTS
     (read, new_buffer), (read_held, new_held_buffer) = reader(dtype), reader(held or dtype)
+    elements = body.format(
+        state=", ".join(["p[i]", *(slot.after for slot in slots)]), own="".join(f", {slot.before}" for slot in slots)
+    )
     text = _UPDATE.format(
-        slots="".join(f", {name}_arena" for name in names),
+        slots="".join(f", s{k}_arena" for k in range(len(slots))),
+        blocks="".join(slot.block for slot in slots),
         prepared=", ".join(Preparation._fields),
         prepared_values=", ".join(f"scalars[row, {k}]" for k in range(prepared)),
         values=", ".join(f"scalars[row, {prepared + k}]" for k in range(len(scalars._fields))),
-        views="\n".join(f"            {name} = {name}_arena[first:last]" for name in names),
-        elements=body.format(
-            state=", ".join(f"{name}[i]" for name in ["p", *names]), own="".join(f", {name}[i]" for name in names)
-        ),
+        views="".join(slot.view for slot in slots),
+        elements=elements + "".join(slot.encode for slot in slots) + "".join(slot.store for slot in slots),
     )
     compute = dtype.compute.type
     namespace = {
@@ -116,12 +157,17 @@ def update_loop(
         "restore": restore,
         "new_buffer": new_buffer,
         "new_held_buffer": new_held_buffer,
+        "first_random": first_random,
+        "next_random": next_random,
         "read": read,
         "read_held": read_held,
         "rule": njit(error_model="numpy")(rule.function),
         "Scalars": scalars,
         "zero": compute(0),
     }
+    for k, format in enumerate(formats):
+        if format is not None:
+            namespace |= {f"s{k}_{name}": function for name, function in format.functions.items()}
     filename = f"<update loop of {rule.function.__name__} on {dtype.name}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)  # for tracebacks
     exec(compile(text, filename, "exec"), namespace)  # noqa: S102 - our own template, no input

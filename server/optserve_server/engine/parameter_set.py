@@ -22,8 +22,8 @@ from optserve._results import Change, Description, GroupDescription, Outcome, Po
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import SkipNonFinite
-from optserve_server.engine import update
-from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
+from optserve_server.engine import slot_formats, update
+from optserve_server.engine.arena import Arena, ComputeType, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
@@ -85,7 +85,7 @@ class ParameterSet:
         self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
     ) -> None:
         self.spec = spec
-        self.layout = Layout(spec.tensors)
+        self.layout = slot_formats.layout(spec)
         self.indices = {tensor.name: index for index, tensor in enumerate(spec.tensors)}
         self.create_time = datetime.datetime.now(datetime.UTC)
         self._groups = resolve(spec)

@@ -13,7 +13,7 @@ from optserve._errors import InvalidHyperparameter, TensorMismatch
 from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._transforms import ClipAdaptive
-from optserve_server.engine import averages, clipping, rows
+from optserve_server.engine import averages, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout
 from optserve_server.engine.clipping import Clipping
 from optserve_server.engine.groups import TensorGroup
@@ -22,6 +22,7 @@ from optserve_server.engine.mean import Gradients, Mean, dtype_of
 from optserve_server.engine.push import Push
 from optserve_server.engine.rows import Carried, SparseGradient, merged
 from optserve_server.engine.rules import Memory, TensorRule, preparation, rule_for
+from optserve_server.engine.slot_formats import EncodedLayout
 from optserve_server.engine.tables import NewRows, Table
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import COMPUTED, Arenas, Factors, Planner, Read, Update, Work
@@ -71,7 +72,9 @@ class Pipeline:
             own = {name: self.slots[name] for name in self.rule.slots}
             self._whole = WholePlanner(self.rule, spec.tensors, layout, own, bound)
         else:
-            self._loops = Planner(self.rule, layout, moments_only=self._moments_only, bound=bound)
+            self._loops = Planner(
+                self.rule, layout, moments_only=self._moments_only, bound=bound, formats=slot_formats.chosen(spec)
+            )
         self.tables = {
             index: Table(tensor, spec.tables[tensor.name])
             for index, tensor in enumerate(spec.tensors)
@@ -268,7 +271,8 @@ def slot_layouts(spec: ParameterSetSpec, layout: Layout) -> dict[str, Layout]:
             for name, shape in rule.slots.items()
         }
         return shaped | dict.fromkeys(averaged, layout)
-    return dict.fromkeys((*rule.slots, *averaged), layout)
+    encoded = {name: EncodedLayout(layout, format) for name, format in slot_formats.chosen(spec).items()}
+    return dict.fromkeys((*rule.slots, *averaged), layout) | encoded
 
 
 def gathers(spec: ParameterSetSpec) -> bool:

@@ -13,7 +13,7 @@ from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from optserve._errors import InvalidArgument, InvalidChunk, InvalidTransform, NonFiniteValue, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._rows import Indices
-from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, Run, StateFormat, TensorSpec
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
 from optserve_server.engine.rows import SparseGradient, check_rows, check_transforms, gathered
@@ -163,6 +163,8 @@ class Push:
                 self._check_pulled(pulled)
                 self._staging.finish()
                 self._gather_rows()
+                if self._spec.state is StateFormat.INT8:  # whose blocks are updated as a whole
+                    self._staging.align()
             except InvalidArgument as error:
                 self.refuse(error)
             else:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from optserve._dtypes import DType
 from optserve._errors import InvalidTransform, TensorMismatch
 from optserve._rows import Indices
-from optserve._specification import ParameterSetSpec, TensorSpec
+from optserve._specification import ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import ClipAdaptive
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.loops import decode_loop
@@ -80,6 +80,12 @@ def check_transforms(spec: ParameterSetSpec) -> None:
         raise InvalidTransform(
             f"set {spec.id!r} averages, accumulates or clips adaptively, which reads all rows: expected dense gradients; got "
             "row-sparse ones. Push all rows, or create a set without these transforms"
+        )
+
+    if spec.state is StateFormat.INT8:
+        raise InvalidTransform(
+            f"set {spec.id!r} keeps its state in blocks of 8 bits, which are updated as a whole: expected dense gradients; got "
+            "row-sparse ones. Push all rows, or create a set with state='bfloat16'"
         )
 
 

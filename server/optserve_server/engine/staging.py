@@ -202,6 +202,14 @@ class Staging:
             for tensor in self.tensors:
                 self._check_finite(tensor)
 
+    def align(self) -> None:
+        """Let no block lie in several pieces, after `finish`: copy those that do."""
+        for tensor in self.tensors:
+            for block in sorted({piece.offset // BLOCK for piece in tensor.pieces if piece.offset % BLOCK}):
+                elements = self._gather(tensor, block)
+                self._messages.append(elements)
+                tensor.add(Piece(block * BLOCK, elements.size, elements.ctypes.data), replace=True)
+
     def norm(self, tensor: int) -> float:
         """Euclidean norm of one of the tensors, after `finish`; block sums are added in order."""
         return math.sqrt(float(self._sums[self._blocks(self.tensors[tensor])].sum()))

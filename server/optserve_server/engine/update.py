@@ -13,6 +13,7 @@ from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
 from optserve_server.engine.rules import Memory, Preparation, Rule, preparation
+from optserve_server.engine.slot_formats import GRAIN, SlotFormat
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
@@ -73,9 +74,9 @@ class LoopWork:
     scalars: NDArray[np.floating]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
-        threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas))
+        threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas), grain=GRAIN)
 
-    def arrays(self, arenas: Arenas) -> Iterable[NDArray[np.floating]]:
+    def arrays(self, arenas: Arenas) -> Iterable[NDArray[Any]]:
         """What the loop reads and writes."""
         chosen = (arenas.before, arenas.after, *(arenas.slots[name] for name in self.slots))
         return (arena[self.compute] for arena in chosen)
@@ -92,14 +93,24 @@ class Update:
 class Planner:
     """Plans updates of one set by a rule for single elements: it knows the rule and the layout.
 
-    `bound` is of gradients that are clipped by value, 0 if they are not.
+    `bound` is of gradients that are clipped by value, 0 if they are not; `formats` are of the slots that are kept in fewer
+    bits, by name.
     """
 
-    def __init__(self, rule: Rule, layout: Layout, *, moments_only: bool, bound: float = 0.0) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        layout: Layout,
+        *,
+        moments_only: bool,
+        bound: float,
+        formats: Mapping[str, SlotFormat],
+    ) -> None:
         self._rule = rule
         self._layout = layout
         self._moments_only = moments_only
         self._bound = bound
+        self._formats = tuple(formats.get(name) for name in rule.slots)
 
     def plan(
         self,
@@ -138,11 +149,11 @@ class Planner:
                 if index in sparse:
                     read = COMPUTED[self._layout.places[index].compute], None
                     ranges.setdefault(read, [])
-                    blocks.setdefault(read, []).append(_rows(start, row, sparse[index].rows, sparse[index].values))
+                    blocks.setdefault(read, []).append(_rows(start, row, sparse[index].rows, sparse[index].values, t))
                     continue
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
-                table += _ranges(start, row, gradient, parameter or gradient, carry)
+                table += _ranges(start, row, gradient, parameter or gradient, carry, t)
         return Update(
             [self._work(read, table, scalars, blocks.get(read, ())) for read, table in ranges.items()], memories
         )
@@ -166,7 +177,7 @@ class Planner:
             check_computable(row, compute)
         table = np.concatenate([np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), *blocks])
         kind: Any = type(scalars[0][1])
-        loop = update_loop(self._rule, kind, *read, clips=self._bound > 0)
+        loop = update_loop(self._rule, kind, *read, clips=self._bound > 0, formats=self._formats)
         return LoopWork(loop, compute, self._rule.slots, table, np.array(rows, compute))
 
 
@@ -226,25 +237,28 @@ def _joined(works: Sequence[LoopWork]) -> tuple[Table, NDArray[np.floating]]:
     return np.concatenate(tables), np.concatenate([work.scalars for work in works])
 
 
-def _ranges(start: int, row: int, gradient: StagedTensor, parameter: StagedTensor, carry: int) -> list[list[int]]:
+def _ranges(
+    start: int, row: int, gradient: StagedTensor, parameter: StagedTensor, carry: int, t: int
+) -> list[list[int]]:
     """Rows of an update's table for one tensor that starts at an element of the arena.
 
     Where there are no parameters, the gradient stands for them: what is read there is multiplied by zero, and it is finite.
     """
     return [
         [start + begin, end - begin, row, left.address, left.skip + begin - left.offset,
-         right.address, right.skip + begin - right.offset, carry]
+         right.address, right.skip + begin - right.offset, carry, t]
         for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
     ]  # fmt: skip
 
 
-def _rows(start: int, row: int, rows: NDArray[np.int64], values: NDArray[np.floating]) -> Table:
+def _rows(start: int, row: int, rows: NDArray[np.int64], values: NDArray[np.floating], t: int) -> Table:
     """Rows of an update's table for some rows of a tensor that starts at an element of the arena, in which they stay."""
     table = np.zeros((len(rows), UPDATE_COLUMNS), np.int64)
     width = values.shape[1]
     table[:, 0], table[:, 1], table[:, ROW_OF_SCALARS] = start + rows * width, width, row
     table[:, 3] = table[:, 5] = values.ctypes.data
     table[:, 4] = table[:, 6] = np.arange(len(rows)) * width
+    table[:, 8] = t
     return table
 
 

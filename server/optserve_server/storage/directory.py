@@ -150,7 +150,8 @@ def _read(path: Path) -> State:
             raise ValueError(f"checksum of {name} does not match")
     text = tensors.pop(RECORD).tobytes().decode()
     for name, array in tensors.items():
-        arenas.setdefault(name.rpartition(SEPARATOR)[0], {})[array.dtype] = array
+        arena, _, compute = name.rpartition(SEPARATOR)
+        arenas.setdefault(arena, {})[np.dtype(compute)] = array
     return record.from_json(text, arenas)
 
 

@@ -20,9 +20,30 @@ from optserve import optim
 from optserve._errors import UnknownRule
 from optserve.optim import Optimizer
 from optserve_server.engine.rules import adam, adaptive, automatic, factored, layerwise, momentum, orthogonal, own
-from optserve_server.engine.rules.rule import Memory, Preparation, Rule, Tensor, TensorRule, preparation
+from optserve_server.engine.rules.rule import (
+    AVERAGE_SQUARES,
+    AVERAGES,
+    Memory,
+    Preparation,
+    Rule,
+    Tensor,
+    TensorRule,
+    preparation,
+)
 
-__all__ = ["RULES", "Memory", "Preparation", "Rule", "Tensor", "TensorRule", "known", "preparation", "rule_for"]
+__all__ = [
+    "AVERAGES",
+    "AVERAGE_SQUARES",
+    "RULES",
+    "Memory",
+    "Preparation",
+    "Rule",
+    "Tensor",
+    "TensorRule",
+    "known",
+    "preparation",
+    "rule_for",
+]
 
 # By optimizer: its rule, or a function from its flags to one of several. A subclass has its parent's.
 RULES = (

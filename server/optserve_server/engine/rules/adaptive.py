@@ -189,19 +189,25 @@ ADAGRAD, ADAGRAD_INSIDE = (
     for function in (adagrad, adagrad_inside)
 )
 
-# By whether epsilon is inside the root, centring and momentum.
+# By whether epsilon is inside the root, centring and momentum. The variance that centring leaves of the square's average is a
+# difference of two numbers that are nearly the same: in fewer bits it would be negative.
 RMSPROPS = {
     (False, False, False): Rule(rmsprop, rmsprop_scalars, ("square_avg",)),
     (False, False, True): Rule(rmsprop_momentum, rmsprop_scalars, ("square_avg", "momentum_buffer")),
-    (False, True, False): Rule(rmsprop_centered, rmsprop_scalars, ("square_avg", "grad_avg")),
+    (False, True, False): Rule(rmsprop_centered, rmsprop_scalars, ("square_avg", "grad_avg"), exact=("square_avg",)),
     (False, True, True): Rule(
-        rmsprop_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer")
+        rmsprop_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer"), exact=("square_avg",)
     ),
     (True, False, False): Rule(rmsprop_inside, rmsprop_scalars, ("square_avg",)),
     (True, False, True): Rule(rmsprop_inside_momentum, rmsprop_scalars, ("square_avg", "momentum_buffer")),
-    (True, True, False): Rule(rmsprop_inside_centered, rmsprop_scalars, ("square_avg", "grad_avg")),
+    (True, True, False): Rule(
+        rmsprop_inside_centered, rmsprop_scalars, ("square_avg", "grad_avg"), exact=("square_avg",)
+    ),
     (True, True, True): Rule(
-        rmsprop_inside_centered_momentum, rmsprop_scalars, ("square_avg", "grad_avg", "momentum_buffer")
+        rmsprop_inside_centered_momentum,
+        rmsprop_scalars,
+        ("square_avg", "grad_avg", "momentum_buffer"),
+        exact=("square_avg",),
     ),
 }
 

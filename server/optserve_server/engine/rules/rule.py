@@ -14,6 +14,10 @@ __all__ = ["Memory", "Preparation", "Rule", "Rules", "Shape", "Tensor", "TensorR
 
 Shape = Callable[[TensorSpec], tuple[int, ...]]
 
+# Slots that may be kept in fewer bits, by their names in every rule: averages of gradients, and of squares.
+AVERAGES = frozenset({"exp_avg", "exp_avg_diff", "exp_avg_slow", "momentum_buffer", "velocity"})
+AVERAGE_SQUARES = frozenset({"acc_delta", "exp_avg_sq", "exp_avg_var", "square_avg"})
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
