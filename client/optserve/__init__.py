@@ -14,6 +14,7 @@ from optserve._errors import (
     InvalidHyperparameter,
     InvalidName,
     InvalidPolicy,
+    InvalidState,
     InvalidTensor,
     InvalidTransform,
     MessageOrder,
@@ -42,6 +43,7 @@ from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._state import Accumulation, State
 from optserve._transforms import (
     EMA,
     SWA,
@@ -58,6 +60,7 @@ from optserve._transforms import (
 __all__ = [
     "EMA",
     "SWA",
+    "Accumulation",
     "Async",
     "Client",
     "ClientClosed",
@@ -78,6 +81,7 @@ __all__ = [
     "InvalidHyperparameter",
     "InvalidName",
     "InvalidPolicy",
+    "InvalidState",
     "InvalidTensor",
     "InvalidTransform",
     "Lookahead",
@@ -109,6 +113,7 @@ __all__ = [
     "SessionSuperseded",
     "SkipNonFinite",
     "SpecificationMismatch",
+    "State",
     "Summary",
     "Sync",
     "TensorMismatch",

@@ -17,7 +17,6 @@ from optserve._specification import Run, TensorSpec
 from optserve._wire import Frame, Payload, bytes_of, pack
 from optserve.formats import BFloat16, Float16
 from optserve.v1 import step_pb2
-from optserve.v1.step_pb2 import StepResponse
 
 Array = np.ndarray[Any, Any]
 PIECE = 8 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
@@ -61,9 +60,7 @@ class Chunks:
         if self._dtype is not None:
             pull.dtype = encode_dtype(self._dtype)
 
-    def receive(
-        self, header: step_pb2.Parameters, answers: Iterator[Frame[StepResponse]], *, copy: bool
-    ) -> list[Array]:
+    def receive(self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], *, copy: bool) -> list[Array]:
         """The tensors that a header announced, from the messages that begin with it; raises InvalidChunk."""
         specs = [self._tensors[index] for index in header.tensors]
         arrays = self._buffers.arrays(specs)
@@ -146,9 +143,7 @@ class Segments(Chunks):
     def ask(self, pull: step_pb2.Pull) -> None:
         pull.in_shared_memory = True
 
-    def receive(
-        self, header: step_pb2.Parameters, answers: Iterator[Frame[StepResponse]], *, copy: bool
-    ) -> list[Array]:
+    def receive(self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], *, copy: bool) -> list[Array]:
         if not header.segment:
             return super().receive(header, answers, copy=copy)
         for _ in answers:

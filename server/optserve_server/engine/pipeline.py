@@ -213,6 +213,16 @@ def slot_layouts(spec: ParameterSetSpec, layout: Layout) -> dict[str, Layout]:
     return dict.fromkeys((*rule.slots, *averaged), layout)
 
 
+def slot_shapes(spec: ParameterSetSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shape that each slot of a set has for each of its tensors, by the slot's name."""
+    rule, averaged = rule_for(spec.optimizer), averages.slots(spec.transforms)
+    own = tuple(tensor.shape for tensor in spec.tensors)
+    if isinstance(rule, TensorRule):
+        shaped = {name: tuple(map(shape, spec.tensors)) for name, shape in rule.slots.items()}
+        return shaped | dict.fromkeys(averaged, own)
+    return dict.fromkeys((*rule.slots, *averaged), own)
+
+
 def gathers(spec: ParameterSetSpec) -> bool:
     """Whether gradients are made one in memory of the set, before they are read."""
     return (

@@ -3,10 +3,11 @@
 import datetime
 from dataclasses import dataclass
 
-from optserve._results import Position
+from optserve._results import GroupDescription, Position
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Optimizer
 from optserve_server.engine.arena import Arena
+from optserve_server.engine.groups import resolve
 from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Session
 
@@ -26,3 +27,12 @@ class State:
     arenas: dict[str, Arena]
     progress: Progress
     sessions: list[Session]
+
+    @property
+    def groups(self) -> tuple[GroupDescription, ...]:
+        """The groups with the hyperparameters in force."""
+        names = [tensor.name for tensor in self.spec.tensors]
+        return tuple(
+            GroupDescription(group.name, tuple(names[index] for index in group.members), self.optimizers[group.name])
+            for group in resolve(self.spec)
+        )
