@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench format generate clean
+.PHONY: demo test mutants check bench format generate clean
 
 demo: .venv/demo  ## train on handwritten digits over gRPC, with 4 worker processes
 	$(BIN)/optserve demo
 
 test: .venv/dev  ## the whole test suite
 	$(BIN)/pytest
+
+mutants: .venv/dev  ## change every expression of the rules, one at a time: do the tests see it? takes ten minutes
+	$(BIN)/python tests/mutants.py
 
 check: .venv/dev  ## lint, types, generated code
 	$(BIN)/ruff check .

@@ -14,12 +14,12 @@ parser.add_argument(
     nargs="+",
     type=int,
     choices=wire.EFFORTS,
-    default=list(wire.EFFORTS),
+    default=[],
     metavar="N",
-    help=f"of {', '.join(map(str, wire.EFFORTS))} parameters; a run on the wire with some of them is shown, but not kept",
+    help=f"of {', '.join(map(str, wire.EFFORTS))} parameters; a run with some of them is shown, but not kept",
 )
 arguments = parser.parse_args()
 if arguments.name != "wire":
-    rules.run()
+    rules.run(arguments.sizes)
 if arguments.name != "rules":
-    wire.run(arguments.sizes)
+    wire.run(arguments.sizes or list(wire.EFFORTS))

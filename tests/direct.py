@@ -97,6 +97,13 @@ class DirectSet:
             if index in snapshot.tensors
         }
 
+    def slot(self, tensor: str, name: str) -> Array:
+        """What a rule keeps for every element of a tensor."""
+        index = [spec.name for spec in self.set.spec.tensors].index(tensor)
+        spec, place = self.set.spec.tensors[index], self.set.layout.places[index]
+        arena = self.set.capture().arenas[name][place.compute]
+        return arena[place.start : place.start + spec.size].reshape(spec.shape)
+
     def _staged(self, tensors: Mapping[str, Array]) -> Staging:
         staging = Staging(self.set.spec.tensors, self._threads)
         for payload in pack(self._views(tensors), self.chunk_bytes):

@@ -62,6 +62,7 @@ BAD = {
     "wrong dtype": Bad(pushing({"w": W.astype(np.float64)}), optserve.TensorMismatch, r"float32\[2, 3\]; got float64"),
     "integer dtype": Bad(pushing({"w": W.astype(np.int32)}), optserve.InvalidTensor, "'w'.*float32.*got 'int32'"),
     "object dtype": Bad(pushing({"w": np.array([object()])}), optserve.InvalidTensor, "'w'.*got 'object'"),
+    "no array": Bad(pushing({"w": [[1.0], [1.0, 2.0]]}), optserve.InvalidTensor, "expected 'w' to be an array"),
     "not a mapping": Bad(pushing([W]), optserve.InvalidTensor, "expected a mapping.*got list"),  # type: ignore[arg-type]
     "no gradient": Bad(pushing({}), optserve.TensorMismatch, "at least one tensor.*got none"),
     "nan": Bad(pushing({"w": with_value(W, np.nan)}), optserve.NonFiniteValue, r"'w'.*got nan at index \[1, 2\]"),
@@ -202,7 +203,7 @@ def test_a_refused_push_leaves_a_legal_next_sequence(client: optserve.Client, ne
         (lambda: optim.Adam(betas=(1.0, 0.999)), r"betas\[0\].*below 1"),
         (lambda: optim.Adam(eps=-1e-8), "eps.*at least 0"),
         (lambda: optim.Adam(weight_decay=-0.1), "weight_decay.*at least 0"),
-        (lambda: optim.RMSprop(alpha=1.0), "alpha.*below 1"),
+        (lambda: optim.RMSprop(alpha=1.1), "alpha.*at least 0 and at most 1; got 1.1"),
         (lambda: optim.RMSprop(momentum=-0.1), "momentum.*at least 0"),
         (lambda: optim.Adagrad(lr_decay=-1), "lr_decay.*at least 0"),
         (lambda: optim.NAdam(momentum_decay=-1), "momentum_decay.*at least 0"),

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import optserve
+from equality import same
 from optimizer_table import torch_in_float64
 from optserve import EMA, Lookahead, State, Transforms, optim
 from optserve.interop import keras as keras_interop
 from optserve.interop import optax as optax_interop
 from optserve.interop import torch as torch_interop
-from test_state import same
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
@@ -345,7 +345,7 @@ def test_an_average_moves_to_and_from_keras(memory_client: optserve.Client, new_
     for seed in (1, 2):
         local.step(tensors(seed))
         weights.step(tensors(seed))
-    assert_close(weights.pull(evaluation=True), dict(local.state().slots["average"]))
+    assert_close(weights.pull(evaluation=True), dict(local.state().slots["transform:average"]))
     assert same(local.resumed(weights.state()).state(), weights.state())
 
 
@@ -366,7 +366,7 @@ WRONG: dict[str, tuple[Callable[[optserve.Client], State], Callable[[State], obj
     "rule that torch lacks": (moved(optim.Adan()), torch_interop.state_dict, "torch has: SGD, .*got Adan"),
     "convention": (moved(optim.Adam(**CONVENTION)), torch_interop.state_dict, "convention='torch'; got 'optax'"),
     "slot of a transform": (
-        moved(optim.Adam(), transforms=Transforms(lookahead=Lookahead())), torch_interop.state_dict, "slot 'lookahead'"
+        moved(optim.Adam(), transforms=Transforms(lookahead=Lookahead())), torch_interop.state_dict, "'transform:lookahead'"
     ),
     "waiting pushes": (
         moved(optim.Adam(), transforms=Transforms(accumulate=2)), torch_interop.state_dict, "between updates.*1 pushes"

@@ -9,6 +9,7 @@ import pytest
 
 import optserve
 from direct import DirectSet
+from equality import same
 from optserve import EMA, SWA, Lookahead, SkipNonFinite, State, Transforms, optim
 from optserve._messages import encode_outline, encode_spec
 from optserve._specification import ParameterSetSpec, Run
@@ -38,17 +39,6 @@ def tensors(seed: int, *, late: bool = True, dtypes: Mapping[str, Any] | None = 
         for name, shape in SHAPES.items()
         if late or name != "late"
     }
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are equal, arrays in them bit for bit."""
-    if isinstance(ours, Mapping):
-        return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
-    if isinstance(ours, np.ndarray):
-        return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
-    if isinstance(ours, State | optserve.Accumulation):
-        return all(same(getattr(ours, name), getattr(theirs, name)) for name in ours.__slots__)
-    return bool(ours == theirs)
 
 
 MOVES: dict[str, tuple[optim.Optimizer, dict[str, Any]]] = {
@@ -85,7 +75,7 @@ def test_a_set_goes_on_where_another_stood(
         ours, theirs = moved.step(gradients), weights.step(gradients)
         assert same(ours, theirs)
         assert ours.version == theirs.version
-    if optimizer.rule == "ASGD" or "average" in state.slots:
+    if optimizer.rule == "ASGD" or "transform:average" in state.slots:
         assert same(moved.pull(evaluation=True), weights.pull(evaluation=True))
     assert same(moved.state(), weights.state())
 
@@ -207,7 +197,7 @@ BAD: dict[str, tuple[Callable[[State], State], dict[str, Any], type[optserve.Opt
         optserve.InvalidState, "gradients that 1 waiting",
     ),
     "average that the state lacks": (
-        lambda s: s, {"transforms": Transforms(average=EMA())}, optserve.InvalidState, "average of tensor 'w'"
+        lambda s: s, {"transforms": Transforms(average=EMA())}, optserve.InvalidState, "transform:average of tensor 'w'"
     ),
     "no parameters": (
         lambda s: replace(s, parameters={}), {}, optserve.InvalidState, "parameters of tensor 'w'"
@@ -267,11 +257,11 @@ def test_outlines_of_other_clients_are_checked_too(server: Server, tcp_client: o
     assert spec.id not in [each.id for each in tcp_client.list_parameter_sets()]
 
 
-class Rows(optim.SignSGD):
+class RowSums(optim.SignSGD):
     """A rule for whole tensors: a slot of rows, and a memory of the group."""
 
 
-def rows(optimizer: Rows, tensors: Sequence[Tensor], memory: Array) -> None:
+def rows(optimizer: RowSums, tensors: Sequence[Tensor], memory: Array) -> None:
     memory += len(tensors)
     for tensor in tensors:
         tensor.slots["rows"][...] += tensor.gradient.sum(axis=1)
@@ -280,9 +270,9 @@ def rows(optimizer: Rows, tensors: Sequence[Tensor], memory: Array) -> None:
 
 def test_slots_of_other_shapes_and_memory_of_groups_move(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = TensorRule(rows, {"rows": lambda spec: spec.shape[:1]}, {"updates": 0.0})
-    monkeypatch.setitem(rules.RULES, Rows, rule)
+    monkeypatch.setitem(rules.RULES, RowSums, rule)
     start = {"w": np.ones((3, 2)), "v": np.ones((2, 5))}
-    first, second = DirectSet(start, Rows()), DirectSet(start, Rows())
+    first, second = DirectSet(start, RowSums()), DirectSet(start, RowSums())
     first.push({"w": start["w"]})
     outline, elements = outlines.outlined(first.set.capture())
     assert outline.group_memory == {"default": {"updates": 1.0}}
@@ -299,3 +289,9 @@ def test_slots_of_other_shapes_and_memory_of_groups_move(monkeypatch: pytest.Mon
         outlines.start(first.set.spec, replace(outline, group_memory={}))
     with pytest.raises(optserve.InvalidState, match="'updates' of a group among 'default'"):
         outlines.start(first.set.spec, replace(outline, group_memory={"default": {"d": 1.0}}))
+
+
+def test_a_set_with_a_table_stays_where_it_is(memory_client: optserve.Client, new_id: NewId) -> None:
+    weights = memory_client.create_parameter_set(new_id(), {"rows": optserve.Table((2,), 10)}, optim.SGD())
+    with pytest.raises(optserve.InvalidState, match="without tables.*'rows'"):
+        weights.state()

@@ -14,6 +14,7 @@ from optserve._errors import (
     InvalidHyperparameter,
     InvalidName,
     InvalidPolicy,
+    InvalidRule,
     InvalidState,
     InvalidTensor,
     InvalidTransform,
@@ -42,6 +43,7 @@ from optserve._errors import (
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Parameters, Position, Receipt, Summary
+from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._state import Accumulation, State
 from optserve._transforms import (
@@ -68,6 +70,7 @@ __all__ = [
     "ClipGlobalNorm",
     "ClipNorm",
     "ClipValue",
+    "Constant",
     "DeadlineExceeded",
     "Description",
     "Durability",
@@ -81,6 +84,7 @@ __all__ = [
     "InvalidHyperparameter",
     "InvalidName",
     "InvalidPolicy",
+    "InvalidRule",
     "InvalidState",
     "InvalidTensor",
     "InvalidTransform",
@@ -89,6 +93,7 @@ __all__ = [
     "NoDataDirectory",
     "NoSharedMemory",
     "NonFiniteValue",
+    "Normal",
     "OptserveError",
     "Outcome",
     "OutcomeUnknown",
@@ -104,6 +109,7 @@ __all__ = [
     "RefuseNonFinite",
     "RolledBack",
     "RoundIncomplete",
+    "RowSparse",
     "SequenceGap",
     "SequenceReused",
     "ServerBusy",
@@ -116,9 +122,11 @@ __all__ = [
     "State",
     "Summary",
     "Sync",
+    "Table",
     "TensorMismatch",
     "TensorSpec",
     "Transforms",
+    "Uniform",
     "UnknownRule",
     "formats",
     "keep_freed_memory",

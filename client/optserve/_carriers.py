@@ -1,6 +1,7 @@
 """Carriers: how the tensors of one stream travel, in its messages or through memory shared with the server."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from optserve._copy import copy_array
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, narrowed
 from optserve._errors import InvalidChunk, TensorMismatch
 from optserve._messages import encode_dtype
+from optserve._rows import Indices, RowSparse
 from optserve._shared_memory import Mappings
 from optserve._specification import Run, TensorSpec
 from optserve._wire import Frame, Payload, bytes_of, pack
@@ -19,6 +21,7 @@ from optserve.formats import BFloat16, Float16
 from optserve.v1 import step_pb2
 
 Array = np.ndarray[Any, Any]
+KEY_BYTES = 8
 PIECE = 8 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
 
 _DTYPES = {BFloat16: BFLOAT16, Float16: FLOAT16}
@@ -60,17 +63,30 @@ class Chunks:
         if self._dtype is not None:
             pull.dtype = encode_dtype(self._dtype)
 
-    def receive(self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], *, copy: bool) -> list[Array]:
-        """The tensors that a header announced, from the messages that begin with it; raises InvalidChunk."""
+    def receive(
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
+    ) -> list[Array | RowSparse]:
+        """The tensors that a header announced, from the messages that begin with it, or the rows of them that were asked for.
+
+        Raises InvalidChunk.
+        """
+        counts = {table.tensor: table.count for table in header.tables}
         specs = [self._tensors[index] for index in header.tensors]
+        for place, spec in enumerate(specs):
+            if place in counts or spec.name in rows:
+                count = counts[place] if place in counts else len(rows[spec.name])
+                specs[place] = replace(spec, shape=(count, *spec.shape[1:]))
         arrays = self._buffers.arrays(specs)
-        remaining = sum(spec.size for spec in specs)
+        keys = [np.empty(count, np.int64) for count in counts.values()]
+        targets = [*arrays, *keys]
+        remaining = sum(each.size for each in targets)
         for answer in answers:
             if answer.payload is not None:
-                remaining -= self._take(answer.payload, specs, arrays)
+                remaining -= self._take(answer.payload, specs, targets)
         if remaining:
             raise InvalidChunk(f"expected every element of the pulled tensors; {remaining} did not come")
-        return arrays
+        tables = {place: RowSparse(each, arrays[place]) for place, each in zip(counts, keys, strict=True)}
+        return [tables.get(place, array) for place, array in enumerate(arrays)]
 
     def _take(self, payload: Payload, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> int:
         """Put a chunk's elements into the arrays; returns their number."""
@@ -79,10 +95,11 @@ class Chunks:
         for run in payload.runs:
             if run.tensor >= len(arrays) or run.offset + run.size > arrays[run.tensor].size:
                 raise TensorMismatch(f"the server sent elements outside of the pulled tensors: {run}")
-            dtype = narrowed(specs[run.tensor].dtype, self._dtype)
-            size = run.size * dtype.itemsize
             target = arrays[run.tensor].reshape(-1)[run.offset : run.offset + run.size]
-            if dtype is specs[run.tensor].dtype:
+            own = specs[run.tensor].dtype if run.tensor < len(specs) else None  # None: keys
+            dtype = narrowed(own, self._dtype) if own is not None else None
+            size = run.size * (dtype.itemsize if dtype is not None else KEY_BYTES)
+            if dtype is own:
                 target.view(np.uint8)[:] = source[begin : begin + size]
             else:
                 assert self._codec is not None
@@ -143,20 +160,22 @@ class Segments(Chunks):
     def ask(self, pull: step_pb2.Pull) -> None:
         pull.in_shared_memory = True
 
-    def receive(self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], *, copy: bool) -> list[Array]:
+    def receive(
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
+    ) -> list[Array | RowSparse]:
         if not header.segment:
-            return super().receive(header, answers, copy=copy)
+            return super().receive(header, answers, rows, copy=copy)
         for _ in answers:
             pass
         mapped = self._mappings.parameters(header.segment)
         views = [mapped[index] for index in header.tensors]
         if not copy:
-            return views
+            return list(views)
         arrays = self._buffers.arrays([self._tensors[index] for index in header.tensors])
         for array, view in zip(arrays, views, strict=True):
             copy_array(array, view)
         self._release()
-        return arrays
+        return list(arrays)
 
 
 def _decode(decoder: Codec, data: Array, target: Array) -> None:

@@ -10,11 +10,12 @@ from numpy.typing import ArrayLike
 
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
-from optserve._messages import decode_description, decode_position, decode_summary, encode_outline, encode_spec
+from optserve._messages import decode_holds, decode_position, decode_summary, encode_outline, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
+from optserve._rows import Initial, Table, as_mapping
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec, as_arrays, check_client_id, check_set_id
 from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
@@ -50,7 +51,7 @@ class Client:
     def create_parameter_set(
         self,
         id: str,
-        parameters: Mapping[str, ArrayLike] | State,
+        parameters: Mapping[str, ArrayLike | Table] | State,
         optimizer: Optimizer | None = None,
         *,
         groups: Sequence[Group] = (),
@@ -63,7 +64,7 @@ class Client:
         push_format: Format | None = None,
         pull_format: BFloat16 | Float16 | None = None,
     ) -> ParameterSet:
-        """Create a parameter set from initial values, arrays of float32, float64, bfloat16 or float16 by name.
+        """Create a parameter set from initial values by name: arrays of float32, float64, bfloat16 or float16, or a `Table`.
 
         From a `State`, which brings its optimizer and groups, the set goes on where that stands.
 
@@ -77,7 +78,7 @@ class Client:
         InvalidTransform, InvalidState, NonFiniteValue, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
         choice, holds = Choice(self._via, push_format, pull_format), Holds(holds)
-        outline = None
+        outline, initial = None, dict[str, Initial]()
         if isinstance(parameters, State):
             if optimizer is not None or groups:
                 raise InvalidArgument(
@@ -86,18 +87,24 @@ class Client:
             specs, optimizer, groups = parameters.tensors, parameters.optimizer, parameters.creation_groups()
             outline, arrays = parameters.packed(parameters=holds is Holds.PARAMETERS)
         else:
-            named = as_arrays(parameters)
-            specs = tuple(TensorSpec.of(name, array) for name, array in named.items())
-            arrays = list(named.values()) if holds is Holds.PARAMETERS else []
+            tables = {name: each for name, each in as_mapping(parameters).items() if isinstance(each, Table)}
+            named = as_arrays({name: each for name, each in parameters.items() if not isinstance(each, Table)})
+            specs = tuple(
+                TensorSpec.of(name, named[name]) if name in named else _table_spec(name, tables[name])
+                for name in parameters
+            )
+            initial = {name: table.initial for name, table in tables.items()}
+            none = np.empty(0, np.uint8)  # of tables, no row
+            arrays = [named.get(name, none) for name in parameters] if holds is Holds.PARAMETERS else []
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
-        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), holds, guard, policy, transforms)
+        spec = ParameterSetSpec(id, specs, optimizer, tuple(groups), holds, guard, policy, transforms, initial)
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         if outline is not None:
             first.state.CopyFrom(encode_outline(outline, specs))
         response = self._transport.call("CreateParameterSet", _creation(first, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None
-        return self._handle(spec, client_id, choice, base)
+        return self._handle(spec.id, spec.holds, client_id, choice, base)
 
     def parameter_set(
         self,
@@ -116,7 +123,7 @@ class Client:
         choice = Choice(self._via, push_format, pull_format)
         request = pb.GetParameterSetRequest(id=check_set_id(id))
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
-        return self._handle(decode_description(response.parameter_set).spec, client_id, choice)
+        return self._handle(id, decode_holds(response.parameter_set.spec.holds), client_id, choice)
 
     def list_parameter_sets(self) -> list[Summary]:
         """All parameter sets on the server, ordered by id."""
@@ -137,15 +144,19 @@ class Client:
         self.close()
 
     def _handle(
-        self, spec: ParameterSetSpec, client_id: str | None, choice: Choice, base: Position | None = None
+        self, set_id: str, holds: Holds, client_id: str | None, choice: Choice, base: Position | None = None
     ) -> ParameterSet:
         client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
-        moments_only = spec.holds is Holds.MOMENTS
+        moments_only = holds is Holds.MOMENTS
         handle = ParameterSet(
-            self._transport, spec.id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
+            self._transport, set_id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
         )
         self._handles.add(handle)
         return handle
+
+
+def _table_spec(name: str, table: Table) -> TensorSpec:
+    return TensorSpec(name, table.dtype, (table.capacity, *table.shape))
 
 
 def _creation(

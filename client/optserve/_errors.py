@@ -6,6 +6,7 @@ OptserveError
 │   ├── InvalidTensor              a tensor's dtype, shape or initial values
 │   ├── InvalidGroup               a group of tensors
 │   ├── UnknownRule                no such optimizer
+│   ├── InvalidRule                a rule of one's own that can't be used
 │   ├── InvalidFormat              a wire format that does not exist, or does not fit
 │   ├── InvalidPolicy              a policy that does not exist, or that the server has no room for
 │   ├── InvalidTransform           a transform that does not exist, or that the set could never have
@@ -90,8 +91,12 @@ class InvalidGroup(InvalidArgument):
     """A group of tensors is ill-formed, unknown, or claims nothing."""
 
 
-class UnknownRule(InvalidArgument):
+class UnknownRule(InvalidArgument, AttributeError):
     """There is no optimizer of that name."""
+
+
+class InvalidRule(InvalidArgument):
+    """A rule of one's own can't be used as it is: its file, its name, or its function."""
 
 
 class InvalidFormat(InvalidArgument):

@@ -19,6 +19,7 @@ from optserve._errors import (
 )
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._rows import Constant, Initial, Normal, Uniform
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve._state import MOST, Outline, Part
 from optserve._transforms import (
@@ -37,6 +38,7 @@ from optserve._transforms import (
 )
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
+from optserve.optim._optimizer import as_number
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, state_pb2, step_pb2, tensor_pb2, transforms_pb2
 
 _ENCODINGS = {
@@ -75,15 +77,15 @@ _DURABILITY = {
 
 def encode_value(value: Any) -> optimizer_pb2.Value:
     """A hyperparameter's value as a message; raises InvalidHyperparameter for a type that does not travel."""
-    match value:
+    match as_number(value):
         case None:
             return optimizer_pb2.Value(null="NULL_VALUE")
-        case bool() | np.bool_():
-            return optimizer_pb2.Value(boolean=bool(value))
-        case int() | np.integer() if -(2**63) <= value < 2**63:
-            return optimizer_pb2.Value(integer=int(value))
-        case float() | np.floating():
-            return optimizer_pb2.Value(number=float(value))
+        case bool(flag):
+            return optimizer_pb2.Value(boolean=flag)
+        case int(number) if -(2**63) <= number < 2**63:
+            return optimizer_pb2.Value(integer=number)
+        case float() | np.floating() as number:
+            return optimizer_pb2.Value(number=float(number))
         case str():
             return optimizer_pb2.Value(text=value)
         case list() | tuple():
@@ -202,6 +204,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         unguarded=not spec.guard,
         policy=_encode_policy(spec.policy),
         transforms=_encode_transforms(spec.transforms),
+        tables={name: _encode_initial(initial) for name, initial in spec.tables.items()},
     )
 
 
@@ -214,10 +217,11 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         groups=tuple(
             Group(group.name, *group.tensors, **decode_values(group.hyperparameters)) for group in message.groups
         ),
-        holds=_decode_holds(message.holds),
+        holds=decode_holds(message.holds),
         guard=not message.unguarded,
         policy=_decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
+        tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
     )
 
 
@@ -374,7 +378,7 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
     return Summary(
         id=message.id,
         rule=message.rule,
-        holds=_decode_holds(message.holds),
+        holds=decode_holds(message.holds),
         position=decode_position(message.position),
         tensor_count=message.tensor_count,
         element_count=message.element_count,
@@ -457,6 +461,26 @@ def _decode_clip(message: transforms_pb2.Clip) -> Clip:
             raise InvalidTransform("expected a clip to be global_norm, norm, value or adaptive; got none of them")
 
 
+def _encode_initial(initial: Initial) -> parameter_set_pb2.Initial:
+    match initial:
+        case Constant(value):
+            return parameter_set_pb2.Initial(constant=value)
+        case Uniform(low, high, seed):
+            return parameter_set_pb2.Initial(uniform=parameter_set_pb2.Uniform(low=low, high=high, seed=seed))
+        case Normal(std, seed):
+            return parameter_set_pb2.Initial(normal=parameter_set_pb2.Normal(std=std, seed=seed))
+
+
+def _decode_initial(message: parameter_set_pb2.Initial) -> Initial:
+    match message.WhichOneof("kind"):
+        case "uniform":
+            return Uniform(message.uniform.low, message.uniform.high, message.uniform.seed)
+        case "normal":
+            return Normal(message.normal.std, message.normal.seed)
+        case _:
+            return Constant(message.constant)
+
+
 def _decode_average(message: transforms_pb2.Average) -> Average:
     match message.WhichOneof("kind"):
         case "ema_decay":
@@ -495,7 +519,7 @@ def _decode_dtype(value: int) -> DType:
     raise InvalidTensor(f"expected a DType among {', '.join(dtype.name for dtype in _DTYPES)}; got code {value}")
 
 
-def _decode_holds(value: int) -> Holds:
+def decode_holds(value: int) -> Holds:
     if value == parameter_set_pb2.HOLDS_UNSPECIFIED:
         return Holds.PARAMETERS
     for holds, number in _HOLDS.items():

@@ -10,7 +10,7 @@ from optserve._buffers import Buffers
 from optserve._carriers import Chunks
 from optserve._choice import Choice
 from optserve._compression import Compressor
-from optserve._errors import OutcomeUnknown, TensorMismatch
+from optserve._errors import InvalidFormat, OutcomeUnknown, TensorMismatch
 from optserve._messages import (
     decode_description,
     decode_group_states,
@@ -21,6 +21,7 @@ from optserve._messages import (
 )
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
+from optserve._rows import RowSparse, as_indices, check_count, split
 from optserve._session import OutgoingPull, OutgoingPush, Session
 from optserve._specification import as_arrays
 from optserve._state import State, assembled
@@ -65,12 +66,13 @@ class ParameterSet:
 
     def step(
         self,
-        gradients: Mapping[str, ArrayLike],
+        gradients: Mapping[str, ArrayLike | RowSparse],
         *,
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
         loss_scale: float = 1.0,
         tensors: Sequence[str] = (),
+        rows: Mapping[str, ArrayLike] | None = None,
         copy: bool = True,
     ) -> Parameters:
         """Push gradients and pull the result in one round trip; `.receipt` says what became of the push.
@@ -80,12 +82,12 @@ class ParameterSet:
         that holds moments only, the result is what to add to the parameters. Raises what `push` raises.
         """
         push = self._outgoing(gradients, parameters, hyperparameters, loss_scale)
-        receipt, pulled = self._session.exchange(push, OutgoingPull(tuple(tensors), copy=copy))
+        receipt, pulled = self._session.exchange(push, self._pull(tensors, rows, copy=copy))
         assert receipt is not None
         assert pulled is not None
         if not copy:
             for array in pulled.values():
-                array.flags.writeable = False
+                (array.values if isinstance(array, RowSparse) else array).flags.writeable = False
         if self._moments_only and pulled.position.newer_than(receipt.position):
             raise OutcomeUnknown(
                 f"push {receipt.sequence} to {self.id!r} was applied as version {receipt.version}, but its updates were gone "
@@ -95,7 +97,7 @@ class ParameterSet:
 
     def push(
         self,
-        gradients: Mapping[str, ArrayLike],
+        gradients: Mapping[str, ArrayLike | RowSparse],
         *,
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
@@ -103,9 +105,10 @@ class ParameterSet:
     ) -> Receipt:
         """Send gradients, one array of the registered shape and dtype for each tensor that has one.
 
-        A tensor without a gradient is left alone. `parameters` are the caller's current ones, for weight decay in a set that
-        holds moments only. `hyperparameters`, by group and name, change with this push and stay changed:
-        `{"default": {"lr": 1e-4}}`. `loss_scale` is what the loss was multiplied by; the server divides gradients by it.
+        A tensor without a gradient is left alone; so are the other rows of one whose gradient is a `RowSparse`. `parameters`
+        are the caller's current ones, for weight decay in a set that holds moments only. `hyperparameters`, by group and name,
+        change with this push and stay changed: `{"default": {"lr": 1e-4}}`. `loss_scale` is what the loss was multiplied by;
+        the server divides gradients by it.
 
         Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
         which case nothing changed; OutcomeUnknown if no receipt came in time. With transforms, a push may also be accumulated
@@ -120,7 +123,12 @@ class ParameterSet:
 
     @overload
     def pull(
-        self, *, newer_than: "int | Position | Parameters", tensors: Sequence[str] = (), evaluation: bool = False
+        self,
+        *,
+        newer_than: "int | Position | Parameters",
+        tensors: Sequence[str] = (),
+        rows: Mapping[str, ArrayLike] | None = None,
+        evaluation: bool = False,
     ) -> Parameters | None: ...
 
     def pull(
@@ -128,19 +136,22 @@ class ParameterSet:
         *,
         newer_than: "int | Position | Parameters | None" = None,
         tensors: Sequence[str] = (),
+        rows: Mapping[str, ArrayLike] | None = None,
         evaluation: bool = False,
     ) -> Parameters | None:
         """Fetch parameters, or the tensors named, in that order; None if nothing is newer than `newer_than`.
 
-        A version alone stands for one in the history that this handle last saw. With `evaluation`, fetch those to evaluate: the
-        set's average (`EMA`, `SWA`), or what its rule keeps for that (`optim.ScheduleFreeAdamW`, `optim.ASGD`). Raises
-        TensorMismatch for an unknown name, InvalidTransform where there is nothing to evaluate but the parameters.
+        A version alone stands for one in the history that this handle last saw. `rows` asks for some rows of tensors by index,
+        or of tables by key, and for nothing else unless `tensors` says what; a table that is pulled whole comes as a
+        `RowSparse` with the keys that it has. With `evaluation`, fetch the parameters to evaluate: the set's average (`EMA`,
+        `SWA`), or what its rule keeps for that (as `optim.ASGD` does). Raises TensorMismatch for an unknown name,
+        InvalidTransform where there is nothing to evaluate but the parameters.
         """
         if isinstance(newer_than, int):
             newer_than = self._session.position_at(newer_than)
         elif isinstance(newer_than, Parameters):
             newer_than = newer_than.position
-        _, pulled = self._session.exchange(None, OutgoingPull(tuple(tensors), newer_than, evaluation=evaluation))
+        _, pulled = self._session.exchange(None, self._pull(tensors, rows, newer_than, evaluation=evaluation))
         return pulled
 
     def gradient_buffers(self) -> dict[str, "np.ndarray[Any, Any]"]:
@@ -202,16 +213,36 @@ class ParameterSet:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _pull(
+        self,
+        tensors: Sequence[str],
+        rows: Mapping[str, ArrayLike] | None,
+        newer_than: Position | None = None,
+        *,
+        copy: bool = True,
+        evaluation: bool = False,
+    ) -> OutgoingPull:
+        indices = {name: as_indices(each) for name, each in (rows or {}).items()}
+        check_count(indices.values())
+        return OutgoingPull(tuple(tensors), newer_than, copy, evaluation, indices)
+
     def _outgoing(
         self,
-        gradients: Mapping[str, ArrayLike],
+        gradients: Mapping[str, ArrayLike | RowSparse],
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
         loss_scale: float,
     ) -> OutgoingPush:
-        arrays = as_arrays(gradients)
+        values, rows = split(gradients)
+        if rows and self._compressor is not None:
+            raise InvalidFormat(
+                "expected a handle without push_format for row-sparse gradients, which travel as they are"
+            )
+        arrays = as_arrays(values)
         compressed = self._compressor.begin(arrays) if self._compressor is not None else None
-        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, loss_scale)
+        outgoing = OutgoingPush(
+            arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, loss_scale, rows
+        )
         if not outgoing.gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent
@@ -226,5 +257,5 @@ def _received(frames: Iterator[Frame[pb.ExportParameterSetResponse]]) -> State:
     outline = decode_outline(second.state, tensors)
     elements = outline.elements(tensors)
     everything = step_pb2.Parameters(tensors=range(len(elements)))
-    arrays = Chunks(elements, Buffers()).receive(everything, frames, copy=True)
-    return assembled(tensors, decode_group_states(first.groups), outline, arrays)
+    arrays = Chunks(elements, Buffers()).receive(everything, frames, {}, copy=True)
+    return assembled(tensors, decode_group_states(first.groups), outline, map(np.asarray, arrays))

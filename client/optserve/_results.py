@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve._errors import Refusal
+from optserve._rows import RowSparse
 from optserve._specification import Holds, ParameterSetSpec
 from optserve.optim import Group, Optimizer
 
@@ -88,11 +89,14 @@ class Receipt:
         return self.learning_rates.get(Group.DEFAULT, float("nan"))
 
 
-class Parameters(dict[str, "np.ndarray[Any, Any]"]):
-    """Tensors by name, with the position that all of them belong to, and the receipt if they came from a step."""
+class Parameters(dict[str, Any]):
+    """Tensors by name (tables: RowSparse), with the position that all of them belong to, and the receipt of a step."""
 
     def __init__(
-        self, tensors: Mapping[str, "np.ndarray[Any, Any]"], position: Position, receipt: Receipt | None = None
+        self,
+        tensors: Mapping[str, "np.ndarray[Any, Any] | RowSparse"],
+        position: Position,
+        receipt: Receipt | None = None,
     ) -> None:
         super().__init__(tensors)
         self.position = position

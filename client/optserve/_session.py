@@ -7,7 +7,7 @@ and with what receipt, so a push whose answer was lost is settled without sendin
 import functools
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from optserve._messages import (
 )
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
+from optserve._rows import Indices, encode_rows
 from optserve._shared_memory import WORTHWHILE, Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
@@ -49,27 +50,45 @@ from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None]]
+Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None, bytes]]
 
 
 @dataclass(frozen=True)
 class OutgoingPush:
-    """What a worker pushes: C-contiguous arrays by name, and hyperparameters that change with it, by group."""
+    """What a worker pushes: C-contiguous arrays by name, and hyperparameters that change with it, by group.
+
+    `rows` says of which rows some gradients are.
+    """
 
     gradients: Arrays
     parameters: Arrays
     changes: Mapping[str, Mapping[str, Any]]
     compressed: CompressedPush | None = None
     loss_scale: float = 1.0
+    rows: Mapping[str, Indices] = field(default_factory=dict)
 
     @functools.cached_property
     def declared(self) -> Declared:
-        """Specification, role and format of every array, in the order in which they are sent; raises InvalidTensor."""
+        """Specification, role, format and rows of every array, in the order in which they are sent; raises InvalidTensor."""
         format = self.compressed.compressor.format if self.compressed is not None else None
         return [
-            *((TensorSpec.of(name, array), step_pb2.ROLE_GRADIENT, format) for name, array in self.gradients.items()),
-            *((TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None) for name, array in self.parameters.items()),
+            *(
+                (
+                    TensorSpec.of(name, array),
+                    step_pb2.ROLE_GRADIENT,
+                    format,
+                    self._encoded_rows(name),
+                )
+                for name, array in self.gradients.items()
+            ),
+            *(
+                (TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None, b"")
+                for name, array in self.parameters.items()
+            ),
         ]
+
+    def _encoded_rows(self, name: str) -> bytes:
+        return encode_rows(self.rows[name]) if name in self.rows else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +96,14 @@ class OutgoingPull:
     """What a worker asks for: tensors in order (none: all), and from which position on (None: any).
 
     Without `copy`, arrays may lie in shared memory and are valid until the next push or pull. With `evaluation`, it asks for
-    the parameters to evaluate.
+    the parameters to evaluate; with `rows`, for some rows of tensors.
     """
 
     tensors: tuple[str, ...] = ()
     newer_than: Position | None = None
     copy: bool = True
     evaluation: bool = False
+    rows: Mapping[str, Indices] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -341,6 +361,8 @@ class Session:
             asked.SetInParent()
             asked.tensors.extend(pull.tensors)
             asked.evaluation = pull.evaluation
+            for name, rows in pull.rows.items():
+                asked.rows.add(tensor=name, rows=encode_rows(rows))
             self._carrier.ask(asked)
             if pull.newer_than is not None:
                 asked.newer_than.CopyFrom(encode_position(pull.newer_than))
@@ -354,11 +376,11 @@ class Session:
             message.base.CopyFrom(encode_position(self._base))
         declared = push.declared
         if declared != self._declared:  # else as in this stream's push before
-            specs = encode_tensors([spec for spec, _, _ in declared])
-            for spec, (_, role, format) in zip(specs, declared, strict=True):
+            specs = encode_tensors([spec for spec, _, _, _ in declared])
+            for spec, (_, role, format, rows) in zip(specs, declared, strict=True):
                 encoding, fraction = encode_format(format)
                 message.tensors.append(
-                    step_pb2.PushedTensor(spec=spec, role=role, encoding=encoding, fraction=fraction)
+                    step_pb2.PushedTensor(spec=spec, role=role, encoding=encoding, fraction=fraction, rows=rows)
                 )
             self._declared = declared
         return message
@@ -375,7 +397,8 @@ class Session:
         if header.unchanged:
             return None
         try:
-            arrays = self._carrier.receive(header, _until_end(stream, answer, deadline), copy=exchange.pull.copy)
+            answers = _until_end(stream, answer, deadline)
+            arrays = self._carrier.receive(header, answers, exchange.pull.rows, copy=exchange.pull.copy)
         except NoSharedMemory as error:  # after a push that is done: fetch them again, another way
             self._without_shared_memory = self._choice.transport is Via.AUTO
             raise ServerUnavailable(str(error)) from error

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from optserve._dtypes import DType, dtype_named
 from optserve._errors import InvalidGroup, InvalidName, InvalidTensor
 from optserve._policies import ASYNC, Policy
+from optserve._rows import Initial, as_mapping
 from optserve._transforms import PLAIN, Transforms
 from optserve.optim import Group, Optimizer
 
@@ -120,6 +121,7 @@ class ParameterSetSpec:
     guard: bool = True
     policy: Policy = ASYNC
     transforms: Transforms = PLAIN
+    tables: Mapping[str, Initial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_set_id(self.id)
@@ -132,15 +134,31 @@ class ParameterSetSpec:
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)[:10]
             if repeated:
                 raise error(f"expected unique {kind} names; {', '.join(map(repr, repeated))} came more than once")
+        for name in self.tables:
+            if not any(tensor.name == name and tensor.shape for tensor in self.tensors):
+                raise InvalidTensor(f"expected a table to be a tensor of at least one dimension; got {name!r}")
+
+    @property
+    def sent(self) -> tuple[TensorSpec, ...]:
+        """The tensors as their initial values come: of tables, no row."""
+        return tuple(
+            replace(tensor, shape=(0, *tensor.shape[1:])) if tensor.name in self.tables else tensor
+            for tensor in self.tensors
+        )
 
 
 def as_arrays(tensors: Mapping[str, ArrayLike]) -> dict[str, np.ndarray[Any, Any]]:
-    """The tensors as C-contiguous little-endian arrays, copied only where they are not that already."""
-    if not isinstance(tensors, Mapping):
-        raise InvalidTensor(f"expected a mapping from tensor names to arrays; got {type(tensors).__name__}")
+    """The tensors as C-contiguous little-endian arrays, copied only where they are not that already.
+
+    Raises InvalidTensor.
+    """
     arrays = {}
-    for name, value in tensors.items():
-        array = np.asarray(value)
+    for name, value in as_mapping(tensors).items():
+        try:
+            array = np.asarray(value)
+        # Of tensors that are tracked, sparse tensors, and ragged lists.
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InvalidTensor(f"expected {name!r} to be an array, or to convert to one; {error}") from error
         little = array.dtype if array.dtype.byteorder != ">" else array.dtype.newbyteorder("<")
         arrays[name] = np.ascontiguousarray(array, dtype=little).reshape(array.shape)
     return arrays

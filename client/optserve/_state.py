@@ -17,7 +17,9 @@ Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
 Parts = dict[str, Mapping[str, Array]]
 
-PARAMETERS, GRADIENT = "parameters", "gradient"  # names of parts beside those of the slots
+# Names of parts beside the rule's slots, none that a rule's could have.
+PARAMETERS, GRADIENT = "parameters", "transform:gradient"
+AVERAGE, LOOKAHEAD = "transform:average", "transform:lookahead"
 LONGEST_NAME = 512
 MOST = 2**53  # updates or pushes that are counted
 

@@ -16,6 +16,7 @@ from optserve import optim
 from optserve_server import logs
 from optserve_server.config import Config
 from optserve_server.demo.tuning import LEARNING_RATES
+from optserve_server.engine.rules import own
 from optserve_server.server import Server
 
 app = typer.Typer(help="The optimizer step as a service.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -26,6 +27,10 @@ DEFAULT_OPTIMIZER = OptimizerName("Adam")
 
 Address = Annotated[str, typer.Option(envvar="OPTSERVE_ADDRESS", help="Where the server listens, host:port.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
+Rules = Annotated[
+    list[Path] | None,
+    typer.Option("--rule", envvar="OPTSERVE_RULES", help="A Python file with rules of your own; may be repeated."),
+]
 SetId = Annotated[str, typer.Argument(help="Id of a parameter set.", show_default=False)]
 
 
@@ -38,6 +43,7 @@ def serve(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="OPTSERVE_DATA_DIR", help="Where checkpoints are kept; without, memory only.")
     ] = None,
+    rules: Rules = None,
     threads: Annotated[int | None, typer.Option(help="Threads for updates; by default one for each processor.")] = None,
     max_streams: Annotated[int, typer.Option(help="Workers that may be connected at a time.")] = DEFAULT.max_streams,
     max_bytes_in_flight: Annotated[
@@ -65,6 +71,7 @@ def serve(
         config = Config(
             listen=listen,
             data_dir=data_dir,
+            rules=tuple(rules or ()),
             threads=threads,
             max_streams=max_streams,
             max_bytes_in_flight=max_bytes_in_flight,
@@ -126,8 +133,9 @@ def list_sets(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> Non
 
 
 @app.command()
-def describe(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
     """Show a parameter set's tensors, groups and hyperparameters."""
+    _load(rules)
     with _client(address, timeout) as client, client.parameter_set(id) as weights:
         description = weights.describe()
     console = Console()
@@ -148,11 +156,13 @@ def set_hyperparameters(
     id: SetId,
     values: Annotated[list[str], typer.Argument(help="New values, such as lr=3e-4.", show_default=False)],
     group: Annotated[str, typer.Option(help="The group to change.")] = optim.Group.DEFAULT,
+    rules: Rules = None,
     address: Address = DEFAULT.listen,
     timeout: Timeout = 10.0,
 ) -> None:
     """Change hyperparameters of a parameter set while it is in use."""
     changes = dict(_assignment(value) for value in values)
+    _load(rules)
     with _client(address, timeout) as client, client.parameter_set(id) as weights:
         description = weights.update(group=group, **changes)
     print(f"{id}: {', '.join(changes)} changed after version {description.version}")
@@ -190,6 +200,13 @@ def health(address: Address = DEFAULT.listen, timeout: Timeout = 5.0) -> None:
     print(f"{address}: {status}")
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise typer.Exit(1)
+
+
+def _load(rules: list[Path] | None) -> None:
+    """Know rules of one's own, as the server does."""
+    with _reported(ValueError):
+        for path in rules or ():
+            own.load(path)
 
 
 @contextmanager

@@ -13,16 +13,17 @@ class Config:
 
     `listen` is `host:port`, `[ipv6]:port` or `unix:/path`; port 0 takes a free one. There is no authentication yet:
     listen beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps
-    it in memory only. `threads` is how many run the update loops (None: one for each processor). `max_streams` bounds
-    the workers connected at a time, each of which costs a thread; `max_bytes_in_flight` the gradients and initial values
-    that are being received at a time, beyond which workers are told to try again. `max_shared_memory` bounds the bytes that
-    workers on this host may hold for gradients in memory shared with the server, beyond which, and with 0, they send
-    them. An upload that makes no progress for `upload_timeout` seconds is ended. `grace` is how many seconds pushes in
-    flight get to finish on shutdown.
+    it in memory only. `rules` are Python files that define rules of your own. `threads` is how many run the update loops
+    (None: one for each processor). `max_streams` bounds the workers connected at a time, each of which costs a thread;
+    `max_bytes_in_flight` the gradients and initial values that are being received at a time, beyond which workers are told to
+    try again. `max_shared_memory` bounds the bytes that workers on this host may hold for gradients in memory shared with the
+    server, beyond which, and with 0, they send them. An upload that makes no progress for `upload_timeout` seconds is ended.
+    `grace` is how many seconds pushes in flight get to finish on shutdown.
     """
 
     listen: str = "127.0.0.1:50051"
     data_dir: Path | None = None
+    rules: tuple[Path, ...] = ()
     threads: int | None = None
     max_streams: int = 1024
     max_bytes_in_flight: int = 4 << 30
@@ -35,6 +36,9 @@ class Config:
             raise ValueError(f"expected listen as host:port, [ipv6]:port or unix:/path; got {self.listen!r}")
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", Path(os.fspath(self.data_dir)))
+        if isinstance(self.rules, (str, os.PathLike)):
+            raise ValueError(f"expected rules as a sequence of files; got {self.rules!r}")
+        object.__setattr__(self, "rules", tuple(Path(os.fspath(path)) for path in self.rules))
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"expected at least one thread; got {self.threads}")
         if self.max_streams < 1:

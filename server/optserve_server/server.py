@@ -21,6 +21,7 @@ from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.config import Config
 from optserve_server.engine.buffers import private
 from optserve_server.engine.engine import Engine
+from optserve_server.engine.rules import own
 from optserve_server.interceptor import ErrorInterceptor
 from optserve_server.service import OptimizerService
 from optserve_server.shared_memory import SharedMemory, shareable
@@ -46,11 +47,13 @@ OPTIONS: list[tuple[str, int]] = [
 class Server:
     """A running server: `with Server(Config(listen="127.0.0.1:0")) as server: ... server.address`.
 
-    Raises OSError if it can't listen there.
+    Raises InvalidRule for a file of rules that can't be used, OSError if it can't listen there.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        for path in config.rules:
+            own.load(path)
         with ExitStack() as acquired:  # given back if this server can't be built
             self._shared_memory = _shared_memory(config.max_shared_memory)
             if self._shared_memory is not None:
@@ -128,11 +131,14 @@ class Server:
         return server
 
     def _restore(self) -> None:
-        for state in self._storage.read_all() if self._storage is not None else ():
+        if self._storage is None:
+            return
+        for state in self._storage.read_all():
             try:
                 restored = self._engine.restore(state)
             except Exception as error:
                 log.error("not restored", parameter_set=state.spec.id, exc_info=error)
+                self._storage.keep(state.spec.id, str(error))
             else:
                 log.info("restored", parameter_set=restored.spec.id, version=restored.position.version)
 

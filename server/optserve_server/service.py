@@ -32,7 +32,7 @@ from optserve_server.engine import outlines
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
-from optserve_server.engine.rules import rule_for
+from optserve_server.engine.rules import known, rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
 from optserve_server.shared_memory import SharedMemory
@@ -100,11 +100,13 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
+        if self._storage is not None:
+            self._storage.check_free(spec.id)
         self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
         start: Start | None = None
-        tensors: Sequence[TensorSpec] = spec.tensors if spec.holds is Holds.PARAMETERS else ()
+        tensors: Sequence[TensorSpec] = spec.sent if spec.holds is Holds.PARAMETERS else ()
         if first.message.HasField("state"):
             outline = decode_outline(first.message.state, spec.tensors)
             start, tensors = outlines.start(spec, outline), outline.elements(spec.tensors)
@@ -144,6 +146,7 @@ class OptimizerService:
 
     def export_parameter_set(self, request: pb.ExportParameterSetRequest) -> ExportFrames:
         parameter_set = self._engine.get(request.id)
+        outlines.check_tables(parameter_set.spec)
         with self.streams.room(), self.pushes.room(parameter_set.state_bytes):
             state = parameter_set.capture()
             outline, elements = outlines.outlined(state)
@@ -192,7 +195,7 @@ class OptimizerService:
             parameter_set.made_durable(state.position.version)
 
     def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
-        return pb.ListRulesResponse(rules=[_describe(each) for each in optim.catalogue().values()])
+        return pb.ListRulesResponse(rules=[_describe(each) for each in known()])
 
 
 def _describe(optimizer: type[optim.Optimizer]) -> optimizer_pb2.RuleDescription:

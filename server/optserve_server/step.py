@@ -15,8 +15,9 @@ from optserve._messages import (
     encode_tensors,
 )
 from optserve._results import Receipt
+from optserve._rows import Indices, check_count, decode_rows
 from optserve._specification import check_client_id
-from optserve._wire import Frame, Payload, pack, spread
+from optserve._wire import Frame, Payload, bytes_of, pack, spread
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine.engine import Engine
@@ -135,12 +136,12 @@ class StepStream:
         parameter_set, session = self._opened("commit")
         push = self._pushing("commit")
         push.finish(pull.tensors if pull is not None else ())
-        if pull is not None and pull.evaluation:
+        if pull is not None:
             try:
-                parameter_set.check_evaluation()
+                _rows(parameter_set, pull)
             except InvalidArgument as error:
                 push.refuse(error)
-        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None and not pull.evaluation
+        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None and not (pull.evaluation or pull.rows)
         receipt, snapshot = parameter_set.push(session, self, push, pull=pinned, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
         if pull is None or receipt.refused:
@@ -172,10 +173,9 @@ class StepStream:
                 snapshot = self._snapshot(parameter_set, pull, reading)
                 reading.callback(parameter_set.release, snapshot)
             frame.message.parameters.position.CopyFrom(encode_position(snapshot.position))
-            nothing = (
-                receipt is not None and not snapshot.tensors
-            )  # of a set of moments, after a push without an update
-            indices = () if nothing else snapshot.select(parameter_set.spec, parameter_set.indices, pull.tensors)
+            # In a set of moments there is nothing after a push without an update. A snapshot of rows has nothing else.
+            nothing, chosen = receipt is not None and not snapshot.tensors, () if pull.rows else pull.tensors
+            indices = () if nothing else snapshot.select(parameter_set.spec, parameter_set.indices, chosen)
             frame.message.parameters.tensors.extend(indices)
             segment = snapshot.buffer.memory.segment if snapshot.buffer is not None else None
             if pull.in_shared_memory and self._attachment is not None and isinstance(segment, Segment):
@@ -184,28 +184,40 @@ class StepStream:
                 self._held = snapshot
                 reading.pop_all()
             else:
-                tensors = (
+                tensors = [
                     (k, snapshot.data[index].data, snapshot.dtypes[index].itemsize) for k, index in enumerate(indices)
-                )
+                ]
+                for place, index in enumerate(indices):
+                    if index in snapshot.keys:
+                        keys = snapshot.keys[index]
+                        frame.message.parameters.tables.add(tensor=place, count=len(keys))
+                        tensors.append((len(tensors), bytes_of(keys), keys.itemsize))
                 frame = yield from spread(frame, pack(tensors))
             frame.message.end = True
             yield frame
 
     def _snapshot(self, parameter_set: ParameterSet, pull: step_pb2.Pull, reading: ExitStack) -> Snapshot:
         """What the set has now; a copy of it is counted as bytes in flight as long as it is read."""
-        dtype = decode_smaller_dtype(pull.dtype)
-        if pull.evaluation:
-            parameter_set.check_evaluation()
+        dtype, rows = decode_smaller_dtype(pull.dtype), _rows(parameter_set, pull)
+        if rows:
+            whole = [parameter_set.indices[name] for name in pull.tensors]
+            nbytes = parameter_set.rows_nbytes(rows, dtype) + (parameter_set.snapshot_nbytes(dtype) if whole else 0)
+            self._enter(reading, nbytes)
+            return parameter_set.rows(whole, rows, dtype, evaluation=pull.evaluation)
         snapshot = parameter_set.snapshot() if dtype is None and not pull.evaluation else None
         if snapshot is not None:
             return snapshot
-        try:
-            reading.enter_context(self._gate.room(parameter_set.snapshot_nbytes(dtype)))
-        except (ServerBusy, ServerDraining) as error:  # but this must not read as if nothing had been taken in
-            raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
+        self._enter(reading, parameter_set.snapshot_nbytes(dtype))
         copied = parameter_set.snapshot(pinned=False, dtype=dtype, evaluation=pull.evaluation)
         assert copied is not None
         return copied
+
+    def _enter(self, reading: ExitStack, nbytes: int) -> None:
+        """Occupy the gate as long as something is read."""
+        try:
+            reading.enter_context(self._gate.room(nbytes))
+        except (ServerBusy, ServerDraining) as error:  # but this must not read as if nothing had been taken in
+            raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
 
     def _let_go(self) -> None:
         """What the worker held in shared memory may change."""
@@ -229,6 +241,13 @@ class StepStream:
         return self._push
 
 
+def _rows(parameter_set: ParameterSet, pull: step_pb2.Pull) -> dict[int, Indices]:
+    """The rows that a pull asks for, by the tensor's index; raises InvalidArgument kinds for what can't be had."""
+    rows = {each.tensor: decode_rows(each.rows) for each in pull.rows}
+    check_count(rows.values())
+    return dict(parameter_set.check_pull(pull.tensors, rows, evaluation=pull.evaluation))
+
+
 def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
     if message.role not in (step_pb2.ROLE_UNSPECIFIED, step_pb2.ROLE_GRADIENT, step_pb2.ROLE_PARAMETER):
         raise InvalidArgument(f"expected a role of 0, 1 or 2; got {message.role}")
@@ -236,4 +255,5 @@ def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
         decode_tensor(message.spec),
         message.role == step_pb2.ROLE_PARAMETER,
         decode_format(message.encoding, message.fraction),
+        decode_rows(message.rows) if message.rows else None,
     )

@@ -11,12 +11,13 @@ import numpy as np
 
 from optserve._errors import InvalidState
 from optserve._results import GroupDescription
-from optserve._state import State
+from optserve._state import AVERAGE, State
 from optserve.interop._building import Array, built, common_lr, common_steps
 from optserve.interop._names import KERAS, Names, check_place, names_for
 from optserve.optim import Group, Optimizer
 
-ITERATION, LEARNING_RATE, AVERAGE = "iteration", "learning_rate", "average"
+ITERATION, LEARNING_RATE = "iteration", "learning_rate"
+AVERAGES = {AVERAGE: "average"}
 
 
 class Place(NamedTuple):
@@ -32,7 +33,7 @@ def values(state: State, variables: Iterable[Any]) -> list[Array]:
     Raises InvalidState.
     """
     names = names_for(state.optimizer, KERAS, "Keras")
-    slots = {**names.slots, AVERAGE: AVERAGE}
+    slots = {**names.slots, **AVERAGES}
     check_place(state, slots, "Keras")
     variables = list(variables)
     places = _places(variables, state.steps, names)
@@ -74,7 +75,7 @@ def from_variables(variables: Iterable[Any], parameters: Mapping[str, Any], opti
 def _places(variables: Iterable[Any], tensors: Iterable[str], names: Names) -> list[Place]:
     """What each variable holds."""
     tensors = list(tensors)
-    slots = [*names.slots.items(), (AVERAGE, AVERAGE)]
+    slots = [*names.slots.items(), *AVERAGES.items()]
     known = {f"{name.replace('/', '_')}_{theirs}": Place(slot, name) for name in tensors for slot, theirs in slots}
     if len(known) < len(tensors) * len(slots):
         raise InvalidState(f"expected tensors whose slots Keras names differently; got {', '.join(map(repr, tensors))}")

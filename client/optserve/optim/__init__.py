@@ -15,12 +15,16 @@ State starts at zero. A gradient of zero is a gradient; a tensor absent from a p
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optserve._errors import UnknownRule
-from optserve.optim._adam import ADOPT, AdaBelief, Adam, Adamax, AdamW, Adan, AdEMAMix, AMSGrad, NAdam, RAdam, Yogi
-from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, Rprop
 from optserve.optim._group import Group
+from optserve.optim._optimizer import Optimizer, catalogue, check_names, hyperparameter, suggest
+from optserve.optim._refused import refusal
+from optserve.optim._rule import Memory, Rule
+
+# The families, in the order of the catalogue.
+# isort: split
 from optserve.optim._momentum import (
     ASGD,
     SGD,
@@ -32,7 +36,12 @@ from optserve.optim._momentum import (
     Signum,
     VelocityMomentum,
 )
-from optserve.optim._optimizer import Optimizer, check_names, suggest
+
+# isort: split
+from optserve.optim._adaptive import FTRL, Adadelta, Adagrad, BiasCorrectedRMSprop, RMSprop, Rprop
+
+# isort: split
+from optserve.optim._adam import ADOPT, AdaBelief, Adam, Adamax, AdamW, Adan, AdEMAMix, AMSGrad, NAdam, RAdam, Yogi
 
 __all__ = [
     "ADOPT",
@@ -52,6 +61,7 @@ __all__ = [
     "BiasCorrectedRMSprop",
     "Group",
     "Lion",
+    "Memory",
     "Momentum",
     "NAdam",
     "Nesterov",
@@ -59,53 +69,25 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "Rule",
     "SignSGD",
     "Signum",
     "VelocityMomentum",
     "Yogi",
     "catalogue",
+    "hyperparameter",
 ]
-
-_CATALOGUE: tuple[type[Optimizer], ...] = (
-    SGD,
-    Momentum,
-    Nesterov,
-    VelocityMomentum,
-    AveragedMomentum,
-    ASGD,
-    SignSGD,
-    Signum,
-    Lion,
-    Adagrad,
-    Adadelta,
-    RMSprop,
-    BiasCorrectedRMSprop,
-    Rprop,
-    FTRL,
-    Adam,
-    AdamW,
-    AMSGrad,
-    NAdam,
-    RAdam,
-    Adamax,
-    AdaBelief,
-    Yogi,
-    Adan,
-    AdEMAMix,
-    ADOPT,
-)
-
-
-def catalogue() -> dict[str, type[Optimizer]]:
-    """All optimizers by the name of their rule, simplest first."""
-    return {optimizer.__name__: optimizer for optimizer in _CATALOGUE}
 
 
 def from_hyperparameters(rule: str, values: Mapping[str, Any]) -> Optimizer:
     """The optimizer of that name with those values; raises UnknownRule or InvalidHyperparameter."""
     known = catalogue()
     if rule not in known:
-        raise UnknownRule(f"expected a rule among {', '.join(known)}; got {rule!r}{suggest(rule, list(known))}")
+        raise UnknownRule(
+            refusal(rule)
+            or f"expected a rule among {', '.join(known)}; got {rule!r}{suggest(rule, list(known))}. If it is one of your own, "
+            "import the file that defines it, and name that file to the server: optserve serve --rule FILE"
+        )
     check_names(known[rule], values)
     return known[rule](**values)
 
@@ -114,3 +96,9 @@ def documentation(optimizer: type[Optimizer]) -> tuple[str, str]:
     """The first sentence and the whole of an optimizer's documentation."""
     text = inspect.getdoc(optimizer) or ""
     return text.split("\n\n")[0], text
+
+
+if not TYPE_CHECKING:  # to which every name would exist
+
+    def __getattr__(name: str) -> Any:
+        raise UnknownRule(why) if (why := refusal(name)) else AttributeError(f"module {__name__!r} has no {name!r}")

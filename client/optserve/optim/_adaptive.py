@@ -47,7 +47,7 @@ class RMSprop(Optimizer):
     """
 
     lr: float = hyperparameter(1e-2, LR)
-    alpha: float = hyperparameter(0.99, "Decay α of the averages, per update.", below=1.0)
+    alpha: float = hyperparameter(0.99, "Decay α of the averages, per update.", maximum=1.0)
     eps: float = hyperparameter(1e-8, EPS)
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     momentum: float = hyperparameter(0.0, "Momentum μ; zero keeps no buffer, and can't be left or reached live.")
@@ -89,7 +89,7 @@ class Adadelta(Optimizer):
     """
 
     lr: float = hyperparameter(1.0, LR)
-    rho: float = hyperparameter(0.9, "Decay ρ of the averages, per update.", below=1.0)
+    rho: float = hyperparameter(0.9, "Decay ρ of the averages, per update.", maximum=1.0)
     eps: float = hyperparameter(1e-6, "ε, added under both roots.")
     weight_decay: float = hyperparameter(0.0, WEIGHT_DECAY)
     maximize: bool = hyperparameter(False, MAXIMIZE)

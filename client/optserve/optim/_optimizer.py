@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
-from optserve._errors import InvalidHyperparameter
+from optserve._errors import InvalidHyperparameter, InvalidRule
 
 Kind = TypeVar("Kind", bound="Optimizer")
 T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
@@ -17,17 +17,19 @@ T = TypeVar("T", float, bool, tuple[float, float], tuple[float, float, float])
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """What a hyperparameter may be: a sentence, a half-open range [minimum, below) or some words, and whether it may change
-    live."""
+    """What a hyperparameter may be: a sentence, a range from `minimum` up to `maximum` or `below` a limit, or some words; and
+    whether it may change live."""
 
     documentation: str
     minimum: float = 0.0
+    maximum: float = math.inf
     below: float = math.inf
     live: bool = True
     choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any, default: Any) -> Any:
         """Return the value with the type of its default; raises InvalidHyperparameter."""
+        value = as_number(value)
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise InvalidHyperparameter(f"expected {name} to be True or False; got {value!r}")
@@ -46,17 +48,20 @@ class Hyperparameter:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise InvalidHyperparameter(f"expected {name} to be a number; got {value!r}")
         value = _as_float(value)
-        if not (math.isfinite(value) and self.minimum <= value < self.below):
+        if not (math.isfinite(value) and self.minimum <= value <= self.maximum and value < self.below):
             raise InvalidHyperparameter(
                 f"expected {name} to be finite, at least {self.minimum:g}"
+                + (f" and at most {self.maximum:g}" if self.maximum < math.inf else "")
                 + (f" and below {self.below:g}" if self.below < math.inf else "")
                 + f"; got {value!r}"
             )
         return value
 
 
-def hyperparameter(default: T, documentation: str, *, below: float = math.inf, live: bool = True) -> T:
-    described = Hyperparameter(documentation, below=below, live=live)
+def hyperparameter(
+    default: T, documentation: str, *, maximum: float = math.inf, below: float = math.inf, live: bool = True
+) -> T:
+    described = Hyperparameter(documentation, maximum=maximum, below=below, live=live)
     return field(default=default, metadata={"hyperparameter": described})
 
 
@@ -101,6 +106,14 @@ class Optimizer:
 
     lr: float = hyperparameter(1e-3, LR)
 
+    def __init_subclass__(cls) -> None:
+        other = catalogue().get(cls.__name__, cls)
+        if other.__module__ != cls.__module__:
+            raise InvalidRule(
+                f"expected a name for {cls.__module__}.{cls.__name__} that no other optimizer has: names are what travels; "
+                f"{other.__module__} has it"
+            )
+
     def __post_init__(self) -> None:
         for name, described, default in self.described():
             object.__setattr__(self, name, described.check(name, getattr(self, name), default))
@@ -109,6 +122,11 @@ class Optimizer:
     def described(cls) -> Iterator[tuple[str, Hyperparameter, Any]]:
         """Name, description and default of every hyperparameter, in the constructor's order."""
         for each in dataclasses.fields(cls):
+            if "hyperparameter" not in each.metadata:
+                raise InvalidRule(
+                    f"expected {cls.__name__}.{each.name} to be declared as hyperparameter(default, documentation); "
+                    f"got {each.default!r}"
+                )
             yield each.name, each.metadata["hyperparameter"], each.default
 
     @property
@@ -125,6 +143,26 @@ class Optimizer:
         """The same rule with some values changed; raises InvalidHyperparameter."""
         check_names(type(self), changes)
         return dataclasses.replace(self, **changes)
+
+
+def catalogue() -> dict[str, type[Optimizer]]:
+    """All optimizers by the name of their rule, simplest first; those of your own, once they are imported, among them."""
+    found: dict[str, type[Optimizer]] = {}
+    for kind in _tree(Optimizer)[1:]:
+        name = kind.__name__
+        if not name.startswith("_") and found.get(name, kind).__module__ == kind.__module__:
+            found[name] = kind  # the newest, where a class was defined again
+    return found
+
+
+def _tree(root: type[Optimizer]) -> list[type[Optimizer]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _tree(child))]
+
+
+def as_number(value: Any) -> Any:
+    """What is in an array or a tensor of one element, of any library; anything else as it is."""
+    shape = getattr(value, "shape", None)
+    return value.item() if isinstance(shape, tuple) and math.prod(shape) == 1 and hasattr(value, "item") else value
 
 
 def _as_float(value: numbers.Real) -> float:

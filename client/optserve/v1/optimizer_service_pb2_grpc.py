@@ -114,7 +114,8 @@ class OptimizerServiceServicer(object):
     def ExportParameterSet(self, request, context):
         """Sends all that a set is at one version, for a set that goes on from there (see CreateParameterSetRequest.state).
         Responses: the first has `spec` and `groups`, the second `state`; then chunks, until every element has come.
-        Errors: NOT_FOUND, RESOURCE_EXHAUSTED (too many streams, too many bytes in flight), UNAVAILABLE (the server is draining).
+        Errors: NOT_FOUND, INVALID_ARGUMENT (the set has tables, which don't travel yet), RESOURCE_EXHAUSTED (too many streams, too
+        many bytes in flight), UNAVAILABLE (the server is draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

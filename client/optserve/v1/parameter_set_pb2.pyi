@@ -44,8 +44,43 @@ class Position(_message.Message):
     durable_version: int
     def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., durable_version: _Optional[int] = ...) -> None: ...
 
+class Initial(_message.Message):
+    __slots__ = ("constant", "uniform", "normal")
+    CONSTANT_FIELD_NUMBER: _ClassVar[int]
+    UNIFORM_FIELD_NUMBER: _ClassVar[int]
+    NORMAL_FIELD_NUMBER: _ClassVar[int]
+    constant: float
+    uniform: Uniform
+    normal: Normal
+    def __init__(self, constant: _Optional[float] = ..., uniform: _Optional[_Union[Uniform, _Mapping]] = ..., normal: _Optional[_Union[Normal, _Mapping]] = ...) -> None: ...
+
+class Uniform(_message.Message):
+    __slots__ = ("low", "high", "seed")
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    low: float
+    high: float
+    seed: int
+    def __init__(self, low: _Optional[float] = ..., high: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Normal(_message.Message):
+    __slots__ = ("std", "seed")
+    STD_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    std: float
+    seed: int
+    def __init__(self, std: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "tables")
+    class TablesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Initial
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Initial, _Mapping]] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +89,7 @@ class ParameterSetSpec(_message.Message):
     UNGUARDED_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     optimizer: _optimizer_pb2.Optimizer
@@ -62,7 +98,8 @@ class ParameterSetSpec(_message.Message):
     unguarded: bool
     policy: _policy_pb2.Policy
     transforms: _transforms_pb2.Transforms
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ...) -> None: ...
+    tables: _containers.MessageMap[str, Initial]
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., tables: _Optional[_Mapping[str, Initial]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")

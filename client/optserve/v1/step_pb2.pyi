@@ -105,16 +105,18 @@ class Opened(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class PushedTensor(_message.Message):
-    __slots__ = ("spec", "role", "encoding", "fraction")
+    __slots__ = ("spec", "role", "encoding", "fraction", "rows")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     FRACTION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     spec: _tensor_pb2.TensorSpec
     role: Role
     encoding: _tensor_pb2.Encoding
     fraction: float
-    def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., encoding: _Optional[_Union[_tensor_pb2.Encoding, str]] = ..., fraction: _Optional[float] = ...) -> None: ...
+    rows: bytes
+    def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., encoding: _Optional[_Union[_tensor_pb2.Encoding, str]] = ..., fraction: _Optional[float] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Push(_message.Message):
     __slots__ = ("sequence", "base", "tensors", "hyperparameters", "loss_scale")
@@ -169,28 +171,48 @@ class Receipt(_message.Message):
     refusal: Refusal
     def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
+class Rows(_message.Message):
+    __slots__ = ("tensor", "rows")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    tensor: str
+    rows: bytes
+    def __init__(self, tensor: _Optional[str] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
 class Pull(_message.Message):
-    __slots__ = ("newer_than", "tensors", "dtype", "in_shared_memory", "evaluation")
+    __slots__ = ("newer_than", "tensors", "dtype", "in_shared_memory", "evaluation", "rows")
     NEWER_THAN_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     IN_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     newer_than: _parameter_set_pb2.Position
     tensors: _containers.RepeatedScalarFieldContainer[str]
     dtype: _tensor_pb2.DType
     in_shared_memory: bool
     evaluation: bool
-    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., in_shared_memory: bool = ..., evaluation: bool = ...) -> None: ...
+    rows: _containers.RepeatedCompositeFieldContainer[Rows]
+    def __init__(self, newer_than: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., in_shared_memory: bool = ..., evaluation: bool = ..., rows: _Optional[_Iterable[_Union[Rows, _Mapping]]] = ...) -> None: ...
 
 class Parameters(_message.Message):
-    __slots__ = ("position", "unchanged", "tensors", "segment")
+    __slots__ = ("position", "unchanged", "tensors", "segment", "tables")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     position: _parameter_set_pb2.Position
     unchanged: bool
     tensors: _containers.RepeatedScalarFieldContainer[int]
     segment: int
-    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., unchanged: bool = ..., tensors: _Optional[_Iterable[int]] = ..., segment: _Optional[int] = ...) -> None: ...
+    tables: _containers.RepeatedCompositeFieldContainer[TableRows]
+    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., unchanged: bool = ..., tensors: _Optional[_Iterable[int]] = ..., segment: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableRows, _Mapping]]] = ...) -> None: ...
+
+class TableRows(_message.Message):
+    __slots__ = ("tensor", "count")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    count: int
+    def __init__(self, tensor: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...

@@ -11,6 +11,7 @@ from optserve._specification import BLOCK, TensorSpec
 from optserve._transforms import Clip, ClipAdaptive, ClipGlobalNorm, ClipNorm, ClipValue
 from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.mean import SKIP
+from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Factors
@@ -54,15 +55,18 @@ class Clipping:
     tensors: tuple[TensorSpec, ...]
     gradients: Mapping[int, StagedTensor]
     places: Mapping[int, slice]
+    sparse: Mapping[int, SparseGradient]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
         if isinstance(self.clip, ClipAdaptive):
             self._adapt(self.clip, arenas)
             return
         norms = {index: _norm(gradient, threads) for index, gradient in self.gradients.items()}
+        norms |= {index: gradient.norm for index, gradient in self.sparse.items()}
         for index, factor in factors(self.clip, norms).items():
             if factor != 1:
-                self._of(arenas.gradient, index)[...] *= factor
+                values = self.sparse[index].values if index in self.sparse else self._of(arenas.gradient, index)
+                values *= values.dtype.type(factor)
 
     def _adapt(self, clip: ClipAdaptive, arenas: Arenas) -> None:
         for index in self.gradients:

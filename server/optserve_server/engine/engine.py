@@ -23,6 +23,7 @@ from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.pipeline import gathers, slot_layouts
+from optserve_server.engine.rows import check_transforms
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
@@ -62,7 +63,7 @@ class Engine:
                 f"parameter set {spec.id!r} exists, at version {present.position.version}; delete it, choose another id, or "
                 "pass exist_ok=True to attach to it"
             )
-        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms"):
+        for name in ("tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "tables"):
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
                 if name == "tensors":
@@ -91,6 +92,14 @@ class Engine:
                 f"parameter set {spec.id!r}: clipping by norm and skipping what is not finite need the guard, which reads "
                 "gradients first; expected guard=True with them"
             )
+        if spec.tables:
+            check_transforms(spec)
+            if spec.holds is Holds.MOMENTS or not rule.lazy:
+                raise InvalidHyperparameter(
+                    f"parameter set {spec.id!r}: tables need a set that holds parameters and a rule that leaves rows without a "
+                    f"gradient alone; expected SGD without momentum, Adagrad, RowWiseAdagrad, SparseAdam or FTRL; got "
+                    f"{spec.optimizer.rule}"
+                )
         if transforms.average is not None and rule.evaluation:
             raise InvalidTransform(
                 f"parameter set {spec.id!r}: {spec.optimizer.rule} keeps parameters to evaluate itself; expected no average "

@@ -75,18 +75,19 @@ def _clipped(x: Any, bound: Any) -> Any:
 
 
 @functools.cache
-def update_loop(rule: Rule, dtype: DType, held: DType | None = None, *, clips: bool = False) -> Loop:
+def update_loop(
+    rule: Rule, scalars: type[Any], dtype: DType, held: DType | None = None, *, clips: bool = False
+) -> Loop:
     """`update(ranges, scalars, before, parameters, *slots)`: one step of a rule on gradients of a dtype.
 
     In a set that holds moments only, `held` is the dtype of the caller's parameters, and the arena receives updates. With
     `clips`, gradients are kept within `Preparation.bound`.
 
-    `ranges` is int64 [n, UPDATE_COLUMNS]. A row of `scalars` holds the Preparation, then the rule's scalars, in the compute
-    dtype. Slots are updated in place; so are parameters, except for ranges that start from those in `before`. All are arrays
-    of the compute dtype. The source is written out for the rule's number of slots, since Numba has no loop over arrays of a
-    tuple that vectorises.
+    `ranges` is int64 [n, UPDATE_COLUMNS]. A row of the array `scalars` holds the Preparation, then the rule's own, of the given
+    NamedTuple, in the compute dtype. Slots are updated in place; so are parameters, except for ranges that start from those in
+    `before`. All are arrays of the compute dtype. The source is written out for the rule's number of slots, since Numba has no
+    loop over arrays of a tuple that vectorises.
     """
-    scalars = typing.get_type_hints(rule.scalars)["return"]
     prepared = len(Preparation._fields)
     names = [f"s{k}" for k in range(len(rule.slots))]
     body = _OF_PARAMETERS if held is None else _OF_MOMENTS

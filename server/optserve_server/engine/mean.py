@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import FLOAT32, FLOAT64, DType
+from optserve._dtypes import DType
 from optserve._specification import TensorSpec
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.loops import MEAN_COLUMNS, mean_loop
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
-from optserve_server.engine.update import Arenas
+from optserve_server.engine.update import COMPUTED, Arenas
 
 SKIP = 3  # column of a mean's table, which advances with the elements
-
-_COMPUTE = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
 
 Gradients = Mapping[int, StagedTensor]
 
@@ -73,7 +71,7 @@ class Mean:
     def _at(self, index: int) -> StagedTensor:
         """Where the mean of a tensor will be."""
         place = self._layout.places[index]
-        mean = StagedTensor(replace(self._tensors[index], dtype=_COMPUTE[place.compute]), 0)
+        mean = StagedTensor(replace(self._tensors[index], dtype=COMPUTED[place.compute]), 0)
         if place.size:
             address = self.arena[place.compute][place.start :].ctypes.data
             mean.add(Piece(0, place.size, address), replace=False)
@@ -82,7 +80,7 @@ class Mean:
 
 def dtype_of(dtype: DType) -> DType:
     """What the mean of gradients of a dtype is."""
-    return _COMPUTE[dtype.compute]
+    return COMPUTED[dtype.compute]
 
 
 def _dtype_name(pushed: tuple[int, StagedTensor]) -> str:

@@ -27,6 +27,14 @@ class Start:
     parts: tuple[Part, ...]
 
 
+def check_tables(spec: ParameterSetSpec) -> None:
+    """Raises InvalidState for a set with tables, whose rows have places of their own."""
+    if spec.tables:
+        raise InvalidState(
+            f"expected a set without tables, whose state does not travel yet; {spec.id!r} has {_listed(spec.tables)}"
+        )
+
+
 def outlined(state: State) -> tuple[Outline, list[NDArray[Any]]]:
     """A state's outline, and its elements in that order, as views."""
     spec, progress, rule = state.spec, state.progress, rule_for(state.spec.optimizer)
@@ -58,6 +66,7 @@ def outlined(state: State) -> tuple[Outline, list[NDArray[Any]]]:
 
 def start(spec: ParameterSetSpec, outline: Outline) -> Start:
     """Where a set of that specification begins by an outline; raises InvalidState or InvalidGroup."""
+    check_tables(spec)
     if len(outline.steps) != len(spec.tensors):
         raise InvalidState(f"expected steps of {len(spec.tensors)} tensors; got {len(outline.steps)}")
     if outline.accumulated >= spec.transforms.accumulate:

@@ -6,17 +6,23 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
-from optserve._dtypes import DType, narrowed
-from optserve._errors import InvalidArgument, InvalidTransform, ParameterSetNotFound, Refusal, ServerBusy, ServerError
+from optserve._dtypes import DType
+from optserve._errors import (
+    InvalidArgument,
+    ParameterSetNotFound,
+    Refusal,
+    ServerBusy,
+    ServerError,
+)
 from optserve._results import Description, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
 from optserve._transforms import SkipNonFinite
-from optserve_server.engine import snapshot, update
+from optserve_server.engine import update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
@@ -32,6 +38,7 @@ from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Update
+from optserve_server.engine.views import Rows, Views
 
 
 @dataclass(slots=True)
@@ -84,13 +91,12 @@ class ParameterSet:
         self._broken = False
         self._commits: deque[Commit] = deque()
         self._rounds = Rounds(spec.policy, spec.transforms)
-        self._copies: WeakValueDictionary[tuple[DType | None, str], Snapshot] = WeakValueDictionary()  # of this version
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
-        self._present = tuple(range(len(spec.tensors))) if spec.holds is Holds.PARAMETERS else ()
         self._pipeline = Pipeline(spec, self.layout)
         self._slots = self._pipeline.allocate()
         self._progress = self._pipeline.begin()
+        self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
         for dtype in {tensor.dtype for tensor in spec.tensors}:
             read = dtype, dtype if spec.holds is Holds.MOMENTS else None
             self._pipeline.compile_for(read, self._groups[0], self._memory(self._buffers.current))
@@ -251,17 +257,21 @@ class ParameterSet:
         """
         with self._lock:
             self._check_alive()
-            if evaluation:
-                return self._copy(dtype, self._pipeline.evaluation)
-            return self._pin() if pinned and dtype is None else self._copy(dtype)
+            if pinned and dtype is None and not evaluation:
+                return self._views.pin(self._position)
+            return self._views.copy(self._position, dtype, evaluation=evaluation)
 
-    def check_evaluation(self) -> None:
-        """Raises InvalidTransform if there are no parameters to evaluate but those to train."""
-        if not self._pipeline.evaluation:
-            raise InvalidTransform(
-                f"set {self.spec.id!r} keeps no parameters to evaluate beside those to train: expected an average, such as "
-                "Transforms(average=EMA(0.999)), or a rule with some, such as ScheduleFreeAdamW"
-            )
+    def rows(
+        self, whole: Sequence[int], rows: Rows, dtype: DType | None = None, *, evaluation: bool = False
+    ) -> Snapshot:
+        """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
+        with self._lock:
+            self._check_alive()
+            return self._views.rows(self._position, whole, rows, dtype, evaluation=evaluation)
+
+    def check_pull(self, names: Sequence[str], rows: Mapping[str, Indices], *, evaluation: bool) -> Rows:
+        """The rows that a pull asks for by the tensor's index; raises TensorMismatch or InvalidTransform if it can't be had."""
+        return self._views.check(self.indices, names, rows, evaluation=evaluation)
 
     def release(self, snapshot: Snapshot) -> None:
         """Say that a snapshot is not read any more; again does nothing."""
@@ -271,29 +281,11 @@ class ParameterSet:
 
     def snapshot_nbytes(self, dtype: DType | None) -> int:
         """Size of a copy."""
-        return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self.spec.tensors)
+        return self._views.nbytes(dtype)
 
-    def _pin(self) -> Snapshot | None:
-        buffer = self._buffers.pin()
-        if buffer is None:
-            return None
-        tensors = self.spec.tensors
-        dtypes = [tensor.dtype for tensor in tensors]
-        if not buffer.encoded:
-            halves = [index for index, dtype in enumerate(dtypes) if dtype.is_half]
-            snapshot.encode(tensors, halves, self.layout, buffer.arena, buffer.data, dtypes, self._threads)
-            buffer.encoded = True
-        return Snapshot(self._position, self._present, dtypes, buffer.data, buffer)
-
-    def _copy(self, dtype: DType | None, slot: str = "") -> Snapshot:
-        copied = self._copies.get((dtype, slot))
-        if copied is None:
-            tensors, arena = self.spec.tensors, self._slots[slot] if slot else self._buffers.current.arena
-            dtypes = [narrowed(tensor.dtype, dtype) for tensor in tensors]
-            data = snapshot.room(tensors, dtypes)
-            snapshot.encode(tensors, self._present, self.layout, arena, data, dtypes, self._threads)
-            copied = self._copies[dtype, slot] = Snapshot(self._position, self._present, dtypes, data)
-        return copied
+    def rows_nbytes(self, rows: Rows, dtype: DType | None) -> int:
+        """Size of a copy of some rows."""
+        return self._views.rows_nbytes(rows, dtype)
 
     def capture(self) -> State:
         """A copy of all that the set is; updates wait until it is taken."""
@@ -307,6 +299,7 @@ class ParameterSet:
                 arenas={name: copy(arena) for name, arena in self._arenas().items()},
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
+                keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
     def restore(self, state: State) -> None:
@@ -318,6 +311,8 @@ class ParameterSet:
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions)
+        for index, keys in state.keys.items():
+            self._pipeline.tables[index].add(np.array(keys, np.int64))
         self.made_durable(state.position.version)
 
     def made_durable(self, version: int) -> None:
@@ -325,7 +320,7 @@ class ParameterSet:
         with self._lock:
             durable = max(version, self._position.durable_version)
             self._position = replace(self._position, durable_version=durable)
-            self._copies.clear()
+            self._views.forget()
 
     def drain(self) -> None:
         """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
@@ -339,7 +334,7 @@ class ParameterSet:
             self._deleted = True
             self._rounds.give_up(self._not_found())
             self._decided.notify_all()
-            self._copies.clear()
+            self._views.forget()
             self._buffers.clear()
             for arena in self._slots.values():
                 arena.clear()
@@ -378,8 +373,9 @@ class ParameterSet:
 
     def _next_commits(self) -> list[Commit]:
         """Those that wait; or one, if they can't share a pass: updates that a set of moments returns must be read before
-        the next, and there is memory for one mean."""
-        most = len(self._commits) if self.spec.holds is Holds.PARAMETERS and self._pipeline.mean is None else 1
+        the next, there is memory for one mean, and one at a time lets tables grow."""
+        alone = self.spec.holds is Holds.MOMENTS or self._pipeline.mean is not None or self._pipeline.tables
+        most = 1 if alone else len(self._commits)
         return [self._commits.popleft() for _ in range(most)]
 
     def _apply(self, commits: Sequence[Commit]) -> None:
@@ -418,7 +414,8 @@ class ParameterSet:
         """What is pulled with a push."""
         moments_only = self.spec.holds is Holds.MOMENTS
         if receipt.applied:
-            return self._pin() or (self._copy(None) if moments_only else None)
+            pinned = self._views.pin(self._position)
+            return self._views.copy(self._position, None) if pinned is None and moments_only else pinned
         return Snapshot(self._position, (), (), ()) if moments_only else None
 
     def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
@@ -480,9 +477,9 @@ class ParameterSet:
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:
             self._buffers.publish(after, draft.updated, draft.position.version)
-            self._copies.clear()
+            self._views.forget()
             if self.spec.holds is Holds.MOMENTS:
-                self._present = tuple(sorted(draft.updated))
+                self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._broken = False
 

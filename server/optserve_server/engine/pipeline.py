@@ -3,26 +3,29 @@
 mean over workers and pushes (`mean`), clipping (`clipping`), the rule (`update` or `whole`), averages (`averages`)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._errors import TensorMismatch
+from optserve._errors import InvalidHyperparameter, TensorMismatch
 from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
+from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive
-from optserve_server.engine import averages, clipping
+from optserve_server.engine import averages, clipping, rows
 from optserve_server.engine.arena import Arena, Layout
 from optserve_server.engine.clipping import Clipping
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.mean import Gradients, Mean, dtype_of
 from optserve_server.engine.push import Push
-from optserve_server.engine.rules import Memory, TensorRule, rule_for
+from optserve_server.engine.rows import Carried, SparseGradient, merged
+from optserve_server.engine.rules import Memory, TensorRule, preparation, rule_for
+from optserve_server.engine.tables import NewRows, Table
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas, Factors, Planner, Read, Update, Work
+from optserve_server.engine.update import COMPUTED, Arenas, Factors, Planner, Read, Update, Work
 from optserve_server.engine.whole import WholePlanner
 
 
@@ -69,6 +72,11 @@ class Pipeline:
             self._whole = WholePlanner(self.rule, spec.tensors, layout, self.slots, bound)
         else:
             self._loops = Planner(self.rule, layout, moments_only=self._moments_only, bound=bound)
+        self.tables = {
+            index: Table(tensor, spec.tables[tensor.name])
+            for index, tensor in enumerate(spec.tensors)
+            if tensor.name in spec.tables
+        }
         self._averages = bool(averages.slots(spec.transforms))
         self._compiled: set[Read] = set()
 
@@ -84,7 +92,12 @@ class Pipeline:
     def allocate(self) -> dict[str, Arena]:
         """The slots of a new set; those that begin as the parameters do not yet."""
         initial = self.rule.initial(self._spec.optimizer)
-        return {name: layout.allocate(initial.get(name, 0.0)) for name, layout in self.slots.items()}
+        slots = {name: layout.allocate() for name, layout in self.slots.items()}
+        for name, value in initial.items():
+            for index, place in enumerate(self.slots[name].places):
+                if value and index not in self.tables:  # whose rows come later
+                    slots[name][place.compute][place.start : place.start + place.size] = value
+        return slots
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -94,7 +107,7 @@ class Pipeline:
     @property
     def evaluation(self) -> str:
         """The slot with the parameters to evaluate, if there is one."""
-        return averages.AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
+        return AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
 
     def plan(
         self, groups: Sequence[TensorGroup], progress: Progress, pushes: Sequence[Push], updated: set[int]
@@ -107,26 +120,29 @@ class Pipeline:
         parameters = pushes[0].parameters
         self._check_parameters(gradients, parameters, groups)
         clip = self._spec.transforms.clip
-        work: list[Work] = []
+        sparse, work = self._sparse(pushes, groups, updated)
         if self.mean is None:
             factors = self._factors(pushes[0])
         else:
             gradients, parts = self._gathered(progress, pushes)
             work += parts
             if progress.accumulated + 1 < self._spec.transforms.accumulate:
-                self._rule_update(groups, progress, gradients, parameters, dict.fromkeys(gradients, 1.0), updated)
+                self._rule_update(groups, progress, gradients, parameters, dict.fromkeys(gradients, 1.0), updated, {})
                 return Update(work, {})
             if clip is not None and not clipping.bound(clip):
                 places = {k: slice(p.start, p.start + p.size) for k, p in enumerate(self._layout.places)}
-                work.append(Clipping(clip, self._spec.tensors, gradients, places))
-            factors = dict.fromkeys(gradients, 1.0)
-        ruled = self._rule_update(groups, progress, gradients, parameters, factors, updated)
+                work.append(Clipping(clip, self._spec.tensors, gradients, places, sparse))
+            factors = dict.fromkeys([*gradients, *sparse], 1.0)
+        ruled = self._rule_update(groups, progress, gradients, parameters, factors, updated, sparse)
         after = averages.plan(self._spec.transforms, self._layout, gradients, progress.steps) if self._averages else ()
         return Update([*work, *ruled.work, *after], ruled.memories)
 
     def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
         """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
         if push.refusal is None:
+            for dtype in push.sparse_dtypes:
+                rows.compile(dtype)
+                self.compile_for((COMPUTED[dtype.compute], None), group, arenas)
             parameters = push.parameters
             for index, gradient in push.gradients.items():
                 parameter = parameters.get(index, gradient).spec.dtype
@@ -154,7 +170,7 @@ class Pipeline:
         """What the gradients of a push are multiplied by."""
         scale = 1.0 / push.loss_scale
         if not clipping.reads_norms(self._spec.transforms.clip):
-            return dict.fromkeys(push.gradients, scale)
+            return dict.fromkeys([*push.gradients, *push.sparse], scale)
         norms = {index: norm * scale for index, norm in push.norms.items()}
         return {index: factor * scale for index, factor in clipping.factors(self._spec.transforms.clip, norms).items()}
 
@@ -179,11 +195,53 @@ class Pipeline:
         parameters: Gradients,
         factors: Factors,
         updated: set[int],
+        sparse: Mapping[int, SparseGradient],
     ) -> Update:
         if self._whole is not None:
-            return self._whole.plan(groups, gradients, progress.steps, progress.group_memory)
+            return self._whole.plan(groups, gradients, progress.steps, progress.group_memory, sparse)
         assert self._loops is not None
-        return self._loops.plan(groups, gradients, parameters, progress.steps, progress.memory, factors, updated)
+        return self._loops.plan(
+            groups, gradients, parameters, progress.steps, progress.memory, factors, updated, sparse
+        )
+
+    def _sparse(
+        self, pushes: Sequence[Push], groups: Sequence[TensorGroup], updated: set[int]
+    ) -> tuple[dict[int, SparseGradient], list[Work]]:
+        """The row-sparse gradients of pushes, made one, and what must happen before they are applied."""
+        first = pushes[0].sparse
+        if not first:
+            return {}, []
+        self._check_sparse(first, groups)
+        sparse = dict(first)
+        if self.mean is not None:
+            weights = [1.0 / (len(pushes) * push.loss_scale) for push in pushes]
+            sparse = {index: merged([push.sparse[index] for push in pushes], weights) for index in first}
+        work: list[Work] = [Carried([index for index in sparse if index not in updated], self._layout)]
+        for index in sparse.keys() & self.tables.keys():
+            table, keys = self.tables[index], sparse[index].rows
+            found = table.find(keys)
+            new = found < 0
+            table.check_room(int(new.sum()))
+            found[new] = len(table.keys) + np.arange(new.sum())
+            sparse[index] = SparseGradient(found, sparse[index].values)
+            fills = self.rule.initial(self._spec.optimizer)
+            work.append(NewRows(table, keys[new], index, self._layout, self.slots, fills))
+        return sparse, work
+
+    def _check_sparse(self, sparse: Iterable[int], groups: Sequence[TensorGroup]) -> None:
+        """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, too."""
+        if not self.rule.lazy:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: {self._spec.optimizer.rule} changes rows that have no gradient as well; expected a "
+                "dense gradient. Push all rows, or use SGD without momentum, Adagrad, RowWiseAdagrad, SparseAdam or FTRL"
+            )
+        for group in groups:
+            prepared = preparation(group.optimizer)
+            if (prepared.l2 or prepared.shrink) and any(index in group.members for index in sparse):
+                raise InvalidHyperparameter(
+                    f"set {self._spec.id!r}: weight decay changes rows that have no gradient as well; expected weight_decay=0 "
+                    f"in group {group.name!r} for row-sparse gradients, or dense ones"
+                )
 
     def _check_parameters(self, gradients: Gradients, parameters: Gradients, groups: Sequence[TensorGroup]) -> None:
         """In a set that holds moments only, weight decay needs the caller's parameters."""

@@ -1,5 +1,6 @@
 """A push on its way: what it declared, what has been staged, why it is refused."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -8,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from optserve._errors import InvalidArgument, InvalidChunk, InvalidTransform, NonFiniteValue, Refusal, TensorMismatch
 from optserve._results import Position
+from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec, Run, TensorSpec
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
+from optserve_server.engine.rows import SparseGradient, check_rows, check_transforms, gathered
 from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.threads import Threads
 
@@ -21,11 +24,15 @@ _STAGED = {BFloat16: BFLOAT16, Float16: FLOAT16, Int8: INT8}  # read as they tra
 
 
 class Declared(NamedTuple):
-    """A tensor that a push will send: a gradient, or the caller's parameters; and what it travels as, if not as it is."""
+    """A tensor that a push will send: a gradient, or the caller's parameters; and what it travels as, if not as it is.
+
+    Of a gradient for some rows only, the specification has their number in the place of the first dimension.
+    """
 
     spec: TensorSpec
     is_parameter: bool = False
     format: Format | None = None
+    rows: Indices | None = None
 
     @property
     def staged(self) -> TensorSpec:
@@ -64,6 +71,7 @@ class Push:
         self._indices = indices
         self._gradients: dict[int, int] = {}  # index in the set to index in the push
         self._parameters: dict[int, int] = {}
+        self._sparse: dict[int, SparseGradient] = {}
         try:
             self._check_loss_scale()
             self._resolve(declared)
@@ -82,13 +90,31 @@ class Push:
 
     @property
     def gradients(self) -> dict[int, StagedTensor]:
-        """Staged gradients by the tensor's index in the set, in the set's order."""
-        return {index: self._staging.tensors[k] for index, k in sorted(self._gradients.items())}
+        """Staged gradients of whole tensors by their index in the set, in the set's order."""
+        return {
+            index: self._staging.tensors[k]
+            for index, k in sorted(self._gradients.items())
+            if self._declared[k].rows is None
+        }
+
+    @property
+    def sparse(self) -> dict[int, SparseGradient]:
+        """Gradients for some rows only, likewise, after `finish`."""
+        return self._sparse
+
+    @property
+    def sparse_dtypes(self) -> set[DType]:
+        """What gradients for some rows travel as."""
+        return {self._declared[k].spec.dtype for k in self._gradients.values() if self._declared[k].rows is not None}
 
     @property
     def norms(self) -> dict[int, float]:
         """Euclidean norm of each gradient, by the tensor's index in the set, after `finish`; 0 if there is no guard."""
-        return {index: self._staging.norm(k) for index, k in sorted(self._gradients.items())}
+        sparse = self._sparse
+        return {
+            index: sparse[index].norm if index in sparse else self._staging.norm(k)
+            for index, k in sorted(self._gradients.items())
+        }
 
     @property
     def skippable(self) -> bool:
@@ -136,13 +162,16 @@ class Push:
             try:
                 self._check_pulled(pulled)
                 self._staging.finish()
+                self._gather_rows()
             except InvalidArgument as error:
                 self.refuse(error)
             else:
                 if not self._spec.guard:
                     self.gradient_norm = math.nan
                     return
-                self.digest = self._staging.digest(f"{sorted(self.changes.items())} {self.loss_scale}")
+                self.digest = self._staging.digest(
+                    f"{sorted(self.changes.items())} {self.loss_scale} {self._row_digests()}"
+                )
                 self.gradient_norm = math.hypot(*self.norms.values()) / self.loss_scale
 
     def refuse(self, error: InvalidArgument) -> None:
@@ -159,8 +188,15 @@ class Push:
         for k, each in enumerate(declared):
             tensor, is_parameter = each.spec, each.is_parameter
             index = self._indices.get(tensor.name)
-            if index is None or spec.tensors[index] != tensor:
+            if index is None or not _fits(spec.tensors[index], each):
                 raise mismatch(spec, tensor)
+            if each.rows is not None:
+                self._check_sparse(each, spec.tensors[index])
+            elif tensor.name in spec.tables:
+                raise TensorMismatch(
+                    f"set {spec.id!r}: expected a row-sparse gradient, RowSparse(keys, values), for table {tensor.name!r}; got "
+                    "a dense one"
+                )
             if each.format is not None and tensor.dtype.compute != FLOAT32.compute:
                 raise TensorMismatch(f"set {spec.id!r}: expected {tensor} as it is; got it encoded as {each.format}")
             if is_parameter and spec.holds is Holds.PARAMETERS:
@@ -172,9 +208,39 @@ class Push:
         if not self._gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {spec.id!r}; got none")
 
+    def _check_sparse(self, declared: Declared, tensor: TensorSpec) -> None:
+        """Raises InvalidArgument kinds for what can't be had for some rows only."""
+        spec = self._spec
+        assert declared.rows is not None
+        if declared.is_parameter or declared.format is not None or spec.holds is Holds.MOMENTS:
+            raise TensorMismatch(
+                f"set {spec.id!r}: expected row-sparse gradients as they are, of a set that holds parameters; {tensor.name!r} "
+                "is pushed otherwise"
+            )
+        check_rows(spec, tensor, declared.rows)
+        check_transforms(spec)
+
+    def _gather_rows(self) -> None:
+        for index, k in sorted(self._gradients.items()):
+            rows = self._declared[k].rows
+            if rows is not None:
+                self._sparse[index] = gathered(rows, self._staging.tensors[k])
+
+    def _row_digests(self) -> str:
+        """What tells the rows of a push from others."""
+        every = (each.rows for each in self._declared if each.rows is not None)
+        return " ".join(hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest() for rows in every)
+
     def _check_pulled(self, names: Iterable[str]) -> None:
         present = self._gradients if self._spec.holds is Holds.MOMENTS else range(len(self._spec.tensors))
         check_present(self._spec, self._indices, present, names)
+
+
+def _fits(tensor: TensorSpec, declared: Declared) -> bool:
+    """Whether what is declared is a tensor as it was registered, or some rows of it."""
+    if declared.rows is None:
+        return declared.spec == tensor
+    return bool(tensor.shape) and declared.spec == replace(tensor, shape=(len(declared.rows), *tensor.shape[1:]))
 
 
 def check_present(

@@ -95,14 +95,20 @@ class Rounds:
         others = [commit.push for commit in self._waiting.values() if commit.push.refusal is None]
         if push.refusal is None and others:
             try:
-                if push.gradients.keys() != others[0].gradients.keys():
+                if _pushed(push) != _pushed(others[0]):
                     raise TensorMismatch(
-                        f"expected gradients of the {len(others[0].gradients)} tensors that the others of this round pushed; "
-                        f"got {len(push.gradients)}, or others. Push zeros for a tensor that is not used"
+                        f"expected gradients of the {len(_pushed(others[0]))} tensors that the others of this round pushed, "
+                        f"row-sparse where theirs are; got {len(_pushed(push))}, or others. Push zeros for a tensor that is "
+                        "not used"
                     )
                 merged_changes([*others, push])
             except InvalidArgument as error:
                 push.refuse(error)
+
+
+def _pushed(push: Push) -> list[tuple[int, bool]]:
+    """The tensors of a push, and which are row-sparse."""
+    return [*((index, False) for index in push.gradients), *((index, True) for index in push.sparse)]
 
 
 def merged_changes(pushes: Sequence[Push]) -> Changes:

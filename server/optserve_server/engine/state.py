@@ -1,7 +1,7 @@
 """All that a parameter set is at one version, as a value: what a checkpoint keeps and a restart brings back."""
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optserve._results import GroupDescription, Position
 from optserve._specification import ParameterSetSpec
@@ -17,7 +17,8 @@ class State:
     """A set at a position.
 
     `optimizers` holds the hyperparameters in force by group; `arenas` the parameters (absent in a set that holds moments
-    only), the slots by name and the mean that pushes accumulate in; `sessions` who has pushed what.
+    only), the slots by name and the mean that pushes accumulate in; `sessions` who has pushed what;
+    `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
@@ -27,6 +28,7 @@ class State:
     arenas: dict[str, Arena]
     progress: Progress
     sessions: list[Session]
+    keys: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[GroupDescription, ...]:

@@ -14,6 +14,7 @@ COUNT = 1  # column of a table that holds the number of elements
 CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
 SHARES = 8  # parts for each thread
 STRIP = 1 << 15  # elements: of each array that a loop visits, this many at a time stay in the cache
+MANY_ROWS = 1 << 12  # of a table: beyond, it is cut between rows, if none is longer than a part
 INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
 
 
@@ -81,6 +82,8 @@ def _size(table: Table) -> int:
 def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACHE_LINE) -> list[Table]:
     """Cut a table's rows into at most about `parts` tables of equally many elements; see `Threads.run`."""
     share = -(-_size(table) // (parts * grain)) * grain
+    if len(table) > MANY_ROWS and int(table[:, COUNT].max()) <= share:  # such as the rows of an embedding
+        return np.array_split(table, parts)
     pieces: list[list[list[int]]] = [[]]
     room = share
     for row in table.tolist():

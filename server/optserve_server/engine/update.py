@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
-from optserve_server.engine.rules import Memory, Rule, preparation
+from optserve_server.engine.rules import Memory, Preparation, Rule, preparation
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Table, Threads
 
@@ -25,7 +25,22 @@ _LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOA
 # Dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments.
 Read = tuple[DType, DType | None]
 
+COMPUTED = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
+
 Factors = Mapping[int, float]  # what gradients are multiplied by, by the tensor's index
+
+
+class RowGradient(Protocol):
+    """A gradient for some rows; see `rows.SparseGradient`."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
+    @property
+    def values(self) -> NDArray[np.floating]: ...
+
+
+Sparse = Mapping[int, RowGradient]
+NO_ROWS: Sparse = {}
 
 
 class Arenas(NamedTuple):
@@ -42,6 +57,9 @@ class Work(Protocol):
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
         """Do it."""
+
+
+Scalars = tuple[Preparation, Any]  # of an update: what happens before every rule, and the rule's own NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +110,42 @@ class Planner:
         memory: Sequence[Memory],
         factors: Factors,
         updated: Collection[int] = (),
+        sparse: Sparse = NO_ROWS,
     ) -> Update:
         """The update that these gradients make, each times its factor, by the tensor's index in the set; changes nothing.
+
+        Of tensors that are `sparse`, only some rows change.
 
         Tensors that are not among those `updated` before in the same run start from the version before. Raises
         InvalidHyperparameter for values that overflow the type that the update is computed in.
         """
         rows: dict[tuple[int, int, Memory, float], int] = {}
-        scalars: list[tuple[float, ...]] = []
+        scalars: list[Scalars] = []
         memories: dict[int, Memory] = {}
         ranges: dict[Read, list[list[int]]] = {}
+        blocks: dict[Read, list[Table]] = {}
         for number, group in enumerate(groups):
             for index in group.members:
-                if index not in gradients:
+                if index not in gradients and index not in sparse:
                     continue
                 t = int(steps[index]) + 1
                 memories[index] = self._rule.remember(group.optimizer, t, memory[index])
                 row = rows.setdefault((number, t, memories[index], factors[index]), len(rows))
                 if row == len(scalars):
                     own = self._rule.scalars(group.optimizer, t, memories[index])
-                    scalars.append((*preparation(group.optimizer, factors[index], self._bound), *own))
+                    scalars.append((preparation(group.optimizer, factors[index], self._bound), own))
+                start, carry = self._layout.places[index].start, int(index not in updated)
+                if index in sparse:
+                    read = COMPUTED[self._layout.places[index].compute], None
+                    ranges.setdefault(read, [])
+                    blocks.setdefault(read, []).append(_rows(start, row, sparse[index].rows, sparse[index].values))
+                    continue
                 gradient, parameter = gradients[index], parameters.get(index)
                 table = ranges.setdefault(self.read(gradient, parameter), [])
-                start, carry = self._layout.places[index].start, int(index not in updated)
                 table += _ranges(start, row, gradient, parameter or gradient, carry)
-        return Update([self._work(read, table, scalars) for read, table in ranges.items()], memories)
+        return Update(
+            [self._work(read, table, scalars, blocks.get(read, ())) for read, table in ranges.items()], memories
+        )
 
     def read(self, gradient: StagedTensor, parameter: StagedTensor | None) -> Read:
         """What the loop reads that updates a tensor."""
@@ -126,15 +155,19 @@ class Planner:
         """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
         memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
         own = self._rule.scalars(group.optimizer, 1, memory)
-        self._work(read, [], [(*preparation(group.optimizer, 1.0, self._bound), *own)]).run(arenas, threads)
+        self._work(read, [], [(preparation(group.optimizer, 1.0, self._bound), own)]).run(arenas, threads)
 
-    def _work(self, read: Read, ranges: list[list[int]], scalars: list[tuple[float, ...]]) -> LoopWork:
+    def _work(
+        self, read: Read, ranges: list[list[int]], scalars: list[Scalars], blocks: Sequence[Table] = ()
+    ) -> LoopWork:
         compute = read[0].compute
-        for row in scalars:
+        rows = [(*prepared, *own) for prepared, own in scalars]
+        for row in rows:
             check_computable(row, compute)
-        table = np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS)
-        loop = update_loop(self._rule, *read, clips=self._bound > 0)
-        return LoopWork(loop, compute, self._rule.slots, table, np.array(scalars, compute))
+        table = np.concatenate([np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), *blocks])
+        kind: Any = type(scalars[0][1])
+        loop = update_loop(self._rule, kind, *read, clips=self._bound > 0)
+        return LoopWork(loop, compute, self._rule.slots, table, np.array(rows, compute))
 
 
 def check_computable(values: Iterable[float], compute: ComputeType) -> None:
@@ -203,6 +236,16 @@ def _ranges(start: int, row: int, gradient: StagedTensor, parameter: StagedTenso
          right.address, right.skip + begin - right.offset, carry]
         for begin, end, left, right in _common(gradient.pieces, parameter.pieces)
     ]  # fmt: skip
+
+
+def _rows(start: int, row: int, rows: NDArray[np.int64], values: NDArray[np.floating]) -> Table:
+    """Rows of an update's table for some rows of a tensor that starts at an element of the arena, in which they stay."""
+    table = np.zeros((len(rows), UPDATE_COLUMNS), np.int64)
+    width = values.shape[1]
+    table[:, 0], table[:, 1], table[:, ROW_OF_SCALARS] = start + rows * width, width, row
+    table[:, 3] = table[:, 5] = values.ctypes.data
+    table[:, 4] = table[:, 6] = np.arange(len(rows)) * width
+    return table
 
 
 def _common(left: list[Piece], right: list[Piece]) -> list[tuple[int, int, Piece, Piece]]:

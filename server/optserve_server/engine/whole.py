@@ -10,6 +10,7 @@ from optserve._specification import TensorSpec
 from optserve.optim import Optimizer
 from optserve_server.engine.arena import Arena, Layout
 from optserve_server.engine.groups import TensorGroup
+from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.rules import Preparation, Tensor, TensorRule, preparation
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
@@ -25,7 +26,7 @@ class Member:
     spec: TensorSpec
     index: int
     t: int
-    carry: bool  # whether it starts from the version before
+    gradient: SparseGradient | None  # for some rows only; None: the gathered one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,37 @@ class GroupWork:
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
         with np.errstate(all="ignore"):  # what is not finite stays so, as in the loops
-            tensors = [self._prepared(member, arenas) for member in self.members]
+            whole = [self._whole(member, arenas) for member in self.members]
+            tensors = [self._some_rows(*each) for each in zip(self.members, whole, strict=True)]
+            for tensor in tensors:
+                self._prepare(tensor)
             self.rule.update(self.optimizer, tensors, self.memory)
+            for member, tensor, part in zip(self.members, whole, tensors, strict=True):
+                if member.gradient is not None:
+                    tensor.parameter[member.gradient.rows] = part.parameter
+                    for name, slot in tensor.slots.items():
+                        slot[member.gradient.rows] = part.slots[name]
 
-    def _prepared(self, member: Member, arenas: Arenas) -> Tensor:
+    def _whole(self, member: Member, arenas: Arenas) -> Tensor:
         parameter = _array(arenas.after, self.layout, member)
-        if member.carry and arenas.before is not arenas.after:
+        if arenas.before is not arenas.after:
             parameter[...] = _array(arenas.before, self.layout, member)
-        gradient = _array(arenas.gradient, self.layout, member)
+        slots = {
+            name: _array(arenas.slots[name], layout, member, self.rule.slots[name](member.spec))
+            for name, layout in self.slots.items()
+        }
+        return Tensor(parameter, _array(arenas.gradient, self.layout, member), slots, member.t)
+
+    def _some_rows(self, member: Member, tensor: Tensor) -> Tensor:
+        """Copies of the rows that have a gradient, if only some have one."""
+        if member.gradient is None:
+            return tensor
+        rows, values = member.gradient.rows, member.gradient.values
+        slots = {name: slot[rows] for name, slot in tensor.slots.items()}
+        return Tensor(tensor.parameter[rows], values.reshape(-1, *tensor.parameter.shape[1:]), slots, tensor.t)
+
+    def _prepare(self, tensor: Tensor) -> None:
+        parameter, gradient = tensor.parameter, tensor.gradient
         scale, bound, l2, shrink = self.preparation
         if scale != 1:
             gradient *= scale
@@ -59,11 +83,6 @@ class GroupWork:
             gradient += l2 * parameter
         if shrink:
             parameter -= shrink * parameter
-        slots = {
-            name: _array(arenas.slots[name], layout, member, self.rule.slots[name](member.spec))
-            for name, layout in self.slots.items()
-        }
-        return Tensor(parameter, gradient, slots, member.t)
 
 
 class WholePlanner:
@@ -84,14 +103,18 @@ class WholePlanner:
         gradients: Mapping[int, StagedTensor],
         steps: NDArray[np.int64],
         memories: Memories,
+        sparse: Mapping[int, SparseGradient],
     ) -> Update:
-        """The update that gathered gradients of these tensors make; changes nothing. Raises InvalidHyperparameter."""
+        """The update that gathered gradients of these tensors make, and sparse ones; changes nothing.
+
+        Raises InvalidHyperparameter.
+        """
         work = []
         for group in groups:
             members = [
-                Member(self._tensors[index], index, int(steps[index]) + 1, carry=True)
+                Member(self._tensors[index], index, int(steps[index]) + 1, sparse.get(index))
                 for index in group.members
-                if index in gradients and self._tensors[index].size
+                if (index in gradients or index in sparse) and self._tensors[index].size
             ]
             prepared = preparation(group.optimizer, 1.0, self._bound)
             for member in members:
@@ -102,7 +125,7 @@ class WholePlanner:
                         self._rule, group.optimizer, prepared, members, memories[group.name], self._layout, self._slots
                     )
                 )
-        return Update(work, dict.fromkeys(gradients, ()))
+        return Update(work, dict.fromkeys([*gradients, *sparse], ()))
 
 
 def _array(arena: Arena, layout: Layout, member: Member, shape: tuple[int, ...] | None = None) -> NDArray[np.floating]:

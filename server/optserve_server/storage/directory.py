@@ -1,7 +1,8 @@
 """The data directory: checkpoints of every set, one safetensors file for each generation.
 
 A checkpoint is written to a temporary file, synced, and renamed; the rename is what makes it count. Two generations are
-kept, and a damaged file is passed over, loudly, for the one before. One server at a time may use a directory.
+kept, and a damaged file is passed over, loudly, for the one before. What is sound but not of this server, such as a set whose
+rule it was not given, is kept as it is, and its id with it. One server at a time may use a directory.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ import structlog
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from optserve._errors import InvalidArgument, ParameterSetExists
 from optserve_server.engine.arena import Arena
 from optserve_server.engine.state import State
 from optserve_server.storage import record
@@ -41,6 +43,7 @@ class DataDirectory:
     def __init__(self, path: Path) -> None:
         self._sets = path / "sets"
         self._sets.mkdir(parents=True, exist_ok=True)
+        self._kept: dict[Path, str] = {}  # directories of sets that are not on this server, and why
         self._lock = (path / "LOCK").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,10 +83,26 @@ class DataDirectory:
                 try:
                     yield _read(path)
                     break
+                except InvalidArgument as error:
+                    log.error("not restored; its checkpoints are kept", directory=str(home), reason=str(error))
+                    self._kept[home] = str(error)
+                    break
                 except Exception as error:  # whatever a damaged file leads to
                     log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             else:
                 log.error("no sound checkpoint; the set is not restored", directory=str(home))
+
+    def keep(self, set_id: str, why: str) -> None:
+        """Keep a set's checkpoints as they are, as the set could not be restored from them."""
+        self._kept[self._home(set_id)] = why
+
+    def check_free(self, set_id: str) -> None:
+        """Raises ParameterSetExists for the id of a set that is kept here only."""
+        if why := self._kept.get(self._home(set_id)):
+            raise ParameterSetExists(
+                f"parameter set {set_id!r} is in the data directory, but this server could not restore it ({why}). Start the "
+                "server so that it can, or choose another id"
+            )
 
     def delete(self, set_id: str) -> None:
         """Remove a set's checkpoints, if it has any; raises OSError if they can't be removed."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import json_format
 
+from optserve._errors import InvalidArgument
 from optserve._messages import (
     decode_optimizer,
     decode_receipt,
@@ -41,23 +42,33 @@ def to_json(state: State) -> str:
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
             "progress": _from_progress(state.progress),
+            "keys": list(state.keys.items()),
             "sessions": [_from_session(session) for session in state.sessions],
         }
     )
 
 
 def from_json(text: str, arenas: dict[str, Arena]) -> State:
-    """The state that `to_json` wrote, with its arenas; raises ValueError or KeyError for anything else."""
+    """The state that `to_json` wrote, with its arenas.
+
+    Raises InvalidArgument for a set that can't be on this server, other ValueErrors or KeyError for what is not a state.
+    """
     record = json.loads(text)
     if record["format"] != FORMAT:
         raise ValueError(f"expected checkpoint format {FORMAT}; got {record['format']}")
+    spec = json_format.ParseDict(record["spec"], parameter_set_pb2.ParameterSetSpec())
+    try:
+        decoded = decode_spec(spec)
+    except InvalidArgument as error:
+        raise type(error)(f"parameter set {spec.id!r}: {error}") from error
     return State(
-        spec=decode_spec(json_format.ParseDict(record["spec"], parameter_set_pb2.ParameterSetSpec())),
+        spec=decoded,
         position=Position(record["incarnation"], record["version"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         arenas=arenas,
         progress=_to_progress(record["progress"]),
+        keys=dict(record["keys"]),
         sessions=[_to_session(each) for each in record["sessions"]],
     )
 

@@ -172,7 +172,7 @@ def ftrl_scalars(o: optim.FTRL, t: int, memory: Memory) -> FtrlScalars:
 
 
 ADAGRAD, ADAGRAD_INSIDE = (
-    Rule(function, adagrad_scalars, ("sum",), initial=lambda o: {"sum": o.initial_accumulator_value})
+    Rule(function, adagrad_scalars, ("sum",), initial=lambda o: {"sum": o.initial_accumulator_value}, lazy=True)
     for function in (adagrad, adagrad_inside)
 )
 
@@ -203,6 +203,7 @@ RULES: Rules = {
         ftrl_scalars,
         ("accumulator", "linear"),
         initial=lambda o: {"accumulator": o.initial_accumulator_value},
+        lazy=True,
         reads_parameters=True,
     ),
 }

@@ -127,7 +127,7 @@ def lion_scalars(o: optim.Lion, t: int, memory: Memory) -> LionScalars:
     return LionScalars(o.lr, 1.0 - o.betas[0], 1.0 - o.betas[1])
 
 
-GRADIENT_DESCENT = Rule(gradient_descent, gradient_descent_scalars)
+GRADIENT_DESCENT = Rule(gradient_descent, gradient_descent_scalars, lazy=True)
 MOMENTUM = Rule(momentum, momentum_scalars, ("momentum_buffer",))
 NESTEROV = Rule(nesterov, momentum_scalars, ("momentum_buffer",))
 VELOCITY_MOMENTUM = Rule(velocity_momentum, velocity_scalars, ("velocity",))
@@ -157,7 +157,7 @@ RULES: Rules = {
         evaluation="ax",
         reads_parameters=True,
     ),
-    optim.SignSGD: Rule(sign_descent, gradient_descent_scalars),
+    optim.SignSGD: Rule(sign_descent, gradient_descent_scalars, lazy=True),
     optim.Signum: Rule(signum, signum_scalars, ("exp_avg",)),
     optim.Lion: Rule(lion, lion_scalars, ("exp_avg",)),
 }

@@ -1,4 +1,4 @@
-"""What a rule is, and what happens before every one."""
+"""What happens before every rule, and what a family's table of rules is."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,35 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._specification import TensorSpec
-from optserve.optim import Optimizer
+from optserve.optim import Memory, Optimizer, Rule
 
-Memory = tuple[float, ...]
+__all__ = ["Memory", "Preparation", "Rule", "Rules", "Shape", "Tensor", "TensorRule", "preparation"]
+
 Shape = Callable[[TensorSpec], tuple[int, ...]]
-
-
-def _nothing(optimizer: Any, t: int, memory: Memory) -> Memory:
-    return memory
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """A rule for single elements: its function, its slots (values per element), its memory (values per tensor), its scalars.
-
-    `scalars(optimizer, t, memory)` gives `h` for a tensor's update number t = 1, 2, ...; `remember(optimizer, t,
-    memory)` gives the memory that update t sees. Slots start at `initial(optimizer)`, as the parameters if they are among
-    `copies`, or at zero. The slot `evaluation` holds the parameters to evaluate, if they are others than those to train. A rule
-    that `reads_parameters` does more with them than to add a step, and needs a set that holds them.
-    """
-
-    function: Callable[..., Any]
-    scalars: Callable[[Any, int, Memory], NamedTuple]
-    slots: tuple[str, ...] = ()
-    memory: Mapping[str, float] = field(default_factory=dict)
-    remember: Callable[[Any, int, Memory], Memory] = _nothing
-    initial: Callable[[Any], Mapping[str, float]] = lambda optimizer: {}
-    copies: tuple[str, ...] = ()
-    evaluation: str = ""
-    reads_parameters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +43,7 @@ class TensorRule:
     initial: Callable[[Any], Mapping[str, float]] = lambda optimizer: {}
     copies: tuple[str, ...] = ()
     evaluation: str = ""
+    lazy: bool = False
     reads_parameters: bool = True
 
 
@@ -84,7 +61,7 @@ def preparation(optimizer: Any, factor: float = 1.0, bound: float = 0.0) -> Prep
 
     The learning rate enters decoupled decay.
     """
-    scale = -factor if optimizer.maximize else factor
+    scale = -factor if getattr(optimizer, "maximize", False) else factor
     weight_decay = getattr(optimizer, "weight_decay", 0.0)
     if optimizer.own_weight_decay:  # which is the rule's business
         return Preparation(scale, bound, l2=0.0, shrink=0.0)
