@@ -156,6 +156,11 @@ class TestBits:
             np.testing.assert_array_equal(slots(ours)[name], expected)
 
 
+def is_denormal(x: Array) -> Array:
+    """What updates take for zero."""
+    return (x != 0) & (np.abs(x) < np.finfo(np.float32).tiny)
+
+
 class TestBfloat16:
     def test_adam_equals_its_transcription_to_the_bit(self) -> None:
         pushes = gradients()
@@ -181,7 +186,7 @@ class TestBfloat16:
 
     def test_what_is_bfloat16_already_stays_as_it_is(self) -> None:
         every = np.arange(1 << 16, dtype=np.uint16)
-        finite = every[np.isfinite(widened(every))]
+        finite = every[np.isfinite(widened(every)) & ~is_denormal(widened(every))]
         direct = DirectSet({"x": np.zeros(finite.size, np.float32)}, ITSELF, state=StateFormat.BFLOAT16)
         direct.push({"x": widened(finite)})
         np.testing.assert_array_equal(widened(slots(direct)["exp_avg"][: finite.size]), widened(finite))

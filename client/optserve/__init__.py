@@ -15,6 +15,7 @@ from optserve._errors import (
     InvalidName,
     InvalidPolicy,
     InvalidRule,
+    InvalidState,
     InvalidTensor,
     InvalidTransform,
     MessageOrder,
@@ -54,6 +55,7 @@ from optserve._results import (
 )
 from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
 from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._state import Accumulation, State
 from optserve._transforms import (
     EMA,
     SWA,
@@ -70,6 +72,7 @@ from optserve._transforms import (
 __all__ = [
     "EMA",
     "SWA",
+    "Accumulation",
     "Async",
     "Change",
     "Client",
@@ -93,6 +96,7 @@ __all__ = [
     "InvalidName",
     "InvalidPolicy",
     "InvalidRule",
+    "InvalidState",
     "InvalidTensor",
     "InvalidTransform",
     "Lookahead",
@@ -126,6 +130,7 @@ __all__ = [
     "SessionSuperseded",
     "SkipNonFinite",
     "SpecificationMismatch",
+    "State",
     "StateFormat",
     "Summary",
     "Sync",

@@ -19,7 +19,6 @@ from optserve._specification import Run, TensorSpec
 from optserve._wire import Frame, Payload, bytes_of, pack
 from optserve.formats import BFloat16, Float16
 from optserve.v1 import step_pb2
-from optserve.v1.step_pb2 import StepResponse
 
 Array = np.ndarray[Any, Any]
 KEY_BYTES = 8
@@ -65,12 +64,7 @@ class Chunks:
             pull.dtype = encode_dtype(self._dtype)
 
     def receive(
-        self,
-        header: step_pb2.Parameters,
-        answers: Iterator[Frame[StepResponse]],
-        rows: Mapping[str, Indices],
-        *,
-        copy: bool,
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
     ) -> list[Array | RowSparse]:
         """The tensors that a header announced, from the messages that begin with it, or the rows of them that were asked for.
 
@@ -167,12 +161,7 @@ class Segments(Chunks):
         pull.in_shared_memory = True
 
     def receive(
-        self,
-        header: step_pb2.Parameters,
-        answers: Iterator[Frame[StepResponse]],
-        rows: Mapping[str, Indices],
-        *,
-        copy: bool,
+        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
     ) -> list[Array | RowSparse]:
         if not header.segment:
             return super().receive(header, answers, rows, copy=copy)

@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike
 
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
-from optserve._messages import decode_holds, decode_position, decode_summary, encode_spec
+from optserve._messages import decode_holds, decode_position, decode_summary, encode_outline, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
 from optserve._results import Position, Summary
 from optserve._retry import retried
-from optserve._rows import Table, as_mapping
+from optserve._rows import Initial, Table, as_mapping
 from optserve._specification import (
     Holds,
     ParameterSetSpec,
@@ -25,6 +25,7 @@ from optserve._specification import (
     check_client_id,
     check_set_id,
 )
+from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
 from optserve._transport import connect
 from optserve._wire import Frame, bytes_of, pack
@@ -58,8 +59,8 @@ class Client:
     def create_parameter_set(
         self,
         id: str,
-        parameters: Mapping[str, ArrayLike | Table],
-        optimizer: Optimizer,
+        parameters: Mapping[str, ArrayLike | Table] | State,
+        optimizer: Optimizer | None = None,
         *,
         groups: Sequence[Group] = (),
         holds: Holds | str = Holds.PARAMETERS,
@@ -74,6 +75,8 @@ class Client:
     ) -> ParameterSet:
         """Create a parameter set from initial values by name: arrays of float32, float64, bfloat16 or float16, or a `Table`.
 
+        From a `State`, which brings its optimizer and groups, the set goes on where that stands.
+
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
         says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
@@ -82,31 +85,36 @@ class Client:
         set of the same specification, whose values stay as they are. `client_id` and the formats are as in `parameter_set`.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy,
-        InvalidTransform, NonFiniteValue, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
+        InvalidTransform, InvalidState, NonFiniteValue, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
+        choice, holds = Choice(self._via, push_format, pull_format), Holds(holds)
+        outline, initial = None, dict[str, Initial]()
+        if isinstance(parameters, State):
+            if optimizer is not None or groups:
+                raise InvalidArgument(
+                    f"expected a state alone, which has its optimizer and groups; got {optimizer} beside it"
+                )
+            specs, optimizer, groups = parameters.tensors, parameters.optimizer, parameters.creation_groups()
+            outline, arrays = parameters.packed(parameters=holds is Holds.PARAMETERS)
+        else:
+            tables = {name: each for name, each in as_mapping(parameters).items() if isinstance(each, Table)}
+            named = as_arrays({name: each for name, each in parameters.items() if not isinstance(each, Table)})
+            specs = tuple(
+                TensorSpec.of(name, named[name]) if name in named else _table_spec(name, tables[name])
+                for name in parameters
+            )
+            initial = {name: table.initial for name, table in tables.items()}
+            none = np.empty(0, np.uint8)  # of tables, no row
+            arrays = [named.get(name, none) for name in parameters] if holds is Holds.PARAMETERS else []
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
-        choice = Choice(self._via, push_format, pull_format)
-        tables = {name: each for name, each in as_mapping(parameters).items() if isinstance(each, Table)}
-        arrays = as_arrays({name: each for name, each in parameters.items() if not isinstance(each, Table)})
-        specs = tuple(
-            TensorSpec.of(name, arrays[name]) if name in arrays else _table_spec(name, tables[name])
-            for name in parameters
-        )
         spec = ParameterSetSpec(
-            id,
-            specs,
-            optimizer,
-            tuple(groups),
-            Holds(holds),
-            guard,
-            policy,
-            transforms,
-            StateFormat(state),
-            {name: table.initial for name, table in tables.items()},
+            id, specs, optimizer, tuple(groups), holds, guard, policy, transforms, StateFormat(state), initial
         )
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
-        response = self._transport.call("CreateParameterSet", _creation(first, spec, arrays), self._timeout, wait=True)
+        if outline is not None:
+            first.state.CopyFrom(encode_outline(outline, specs))
+        response = self._transport.call("CreateParameterSet", _creation(first, arrays), self._timeout, wait=True)
         base = decode_position(response.parameter_set.position) if response.created else None
         return self._handle(spec.id, spec.holds, client_id, choice, base)
 
@@ -164,14 +172,8 @@ def _table_spec(name: str, table: Table) -> TensorSpec:
 
 
 def _creation(
-    first: pb.CreateParameterSetRequest, spec: ParameterSetSpec, arrays: Mapping[str, np.ndarray[Any, Any]]
+    first: pb.CreateParameterSetRequest, arrays: Sequence[np.ndarray[Any, Any]]
 ) -> Iterator[Frame[pb.CreateParameterSetRequest]]:
     yield Frame(first)
-    if spec.holds is Holds.PARAMETERS:
-        values = (
-            (k, bytes_of(arrays[each.name]), each.dtype.itemsize)
-            for k, each in enumerate(spec.tensors)
-            if each.name in arrays
-        )
-        for payload in pack(values):
-            yield Frame(pb.CreateParameterSetRequest(), payload)
+    for payload in pack((k, bytes_of(array), array.itemsize) for k, array in enumerate(arrays)):
+        yield Frame(pb.CreateParameterSetRequest(), payload)

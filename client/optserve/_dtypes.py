@@ -57,6 +57,11 @@ def dtype_named(name: str) -> DType:
         raise InvalidTensor(f"expected a dtype among {', '.join(_BY_NAME)}; got {name!r}") from None
 
 
+def computed(dtype: DType) -> DType:
+    """What elements of a dtype are while the server calculates."""
+    return FLOAT64 if dtype is FLOAT64 else FLOAT32
+
+
 def narrowed(dtype: DType, wanted: DType | None) -> DType:
     """What elements of a dtype travel as if a reader wants them no wider than `wanted`."""
     return wanted if wanted is not None and wanted.itemsize < dtype.itemsize else dtype

@@ -10,6 +10,7 @@ OptserveError
 │   ├── InvalidFormat              a wire format that does not exist, or does not fit
 │   ├── InvalidPolicy              a policy that does not exist, or that the server has no room for
 │   ├── InvalidTransform           a transform that does not exist, or that the set could never have
+│   ├── InvalidState               a state that the set could never be in
 │   ├── InvalidHyperparameter      unknown, of the wrong type, out of range, or fixed for life
 │   ├── TensorMismatch             a push or pull names what the set does not have
 │   ├── InvalidChunk               bytes that are truncated, overlap, or miss their tensor
@@ -108,6 +109,10 @@ class InvalidPolicy(InvalidArgument):
 
 class InvalidTransform(InvalidArgument):
     """A transform is ill-formed, or one that this set could never have."""
+
+
+class InvalidState(InvalidArgument):
+    """A state is ill-formed, or one that a set of its specification could never be in."""
 
 
 class InvalidHyperparameter(InvalidArgument):

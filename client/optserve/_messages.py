@@ -12,6 +12,7 @@ from optserve._errors import (
     InvalidArgument,
     InvalidHyperparameter,
     InvalidPolicy,
+    InvalidState,
     InvalidTensor,
     InvalidTransform,
     Refusal,
@@ -20,6 +21,7 @@ from optserve._policies import Async, Policy, Sync
 from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Constant, Initial, Normal, Uniform
 from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._state import MOST, Outline, Part
 from optserve._transforms import (
     EMA,
     REFUSE,
@@ -38,7 +40,7 @@ from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.optim._optimizer import as_number
 from optserve.schedules import Schedule, from_arguments
-from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2, tensor_pb2, transforms_pb2
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, state_pb2, step_pb2, tensor_pb2, transforms_pb2
 
 LARGEST_SCHEDULE = 1024  # bytes; 1000 changes, of every hyperparameter each, fit into a message
 
@@ -320,15 +322,7 @@ def encode_description(description: Description) -> parameter_set_pb2.ParameterS
     message = parameter_set_pb2.ParameterSet(
         spec=encode_spec(description.spec),
         position=encode_position(description.position),
-        groups=[
-            parameter_set_pb2.GroupState(
-                name=group.name,
-                tensors=group.tensors,
-                optimizer=encode_optimizer(group.optimizer),
-                schedules={name: encode_schedule(schedule) for name, schedule in group.schedules.items()},
-            )
-            for group in description.groups
-        ],
+        groups=encode_group_states(description.groups),
         state_bytes=description.state_bytes,
         element_count=description.element_count,
         changes=map(encode_change, description.changes),
@@ -342,19 +336,74 @@ def decode_description(message: parameter_set_pb2.ParameterSet) -> Description:
     return Description(
         spec=decode_spec(message.spec),
         position=decode_position(message.position),
-        groups=tuple(
-            GroupDescription(
-                group.name,
-                tuple(group.tensors),
-                decode_optimizer(group.optimizer),
-                {name: decode_schedule(schedule) for name, schedule in group.schedules.items()},
-            )
-            for group in message.groups
-        ),
+        groups=decode_group_states(message.groups),
         create_time=message.create_time.ToDatetime(datetime.UTC),
         state_bytes=message.state_bytes,
         element_count=message.element_count,
         changes=tuple(map(decode_change, message.changes)),
+    )
+
+
+def encode_group_states(groups: Iterable[GroupDescription]) -> list[parameter_set_pb2.GroupState]:
+    """Groups with the hyperparameters in force as messages."""
+    return [
+        parameter_set_pb2.GroupState(
+            name=group.name,
+            tensors=group.tensors,
+            optimizer=encode_optimizer(group.optimizer),
+            schedules={name: encode_schedule(schedule) for name, schedule in group.schedules.items()},
+        )
+        for group in groups
+    ]
+
+
+def decode_group_states(messages: Iterable[parameter_set_pb2.GroupState]) -> tuple[GroupDescription, ...]:
+    """Groups with the hyperparameters in force from their messages."""
+    return tuple(
+        GroupDescription(
+            group.name,
+            tuple(group.tensors),
+            decode_optimizer(group.optimizer),
+            {name: decode_schedule(schedule) for name, schedule in group.schedules.items()},
+        )
+        for group in messages
+    )
+
+
+def encode_outline(outline: Outline, tensors: Sequence[TensorSpec]) -> state_pb2.State:
+    """A state's outline as a message."""
+    return state_pb2.State(
+        version=outline.version,
+        steps=outline.steps,
+        memory=[
+            state_pb2.TensorMemory(name=name, tensors=values, values=values.values())
+            for name, values in outline.memory.items()
+        ],
+        group_memory=[
+            state_pb2.GroupMemory(group=group, values=values) for group, values in outline.group_memory.items()
+        ],
+        parts=[_encode_part(part, tensors) for part in outline.parts],
+        accumulated=outline.accumulated,
+        skipped=outline.skipped,
+    )
+
+
+def decode_outline(message: state_pb2.State, tensors: Sequence[TensorSpec]) -> Outline:
+    """A state's outline from its message; raises InvalidState for what is not one of these tensors."""
+    for count in (message.version, message.accumulated, message.skipped, *message.steps):
+        if count > MOST:
+            raise InvalidState(f"expected at most 2**53 updates or pushes; got {count}")
+    return Outline(
+        version=message.version,
+        steps=tuple(message.steps),
+        memory={
+            each.name: dict(zip(_decode_indices(each.tensors, tensors, len(each.values)), each.values, strict=True))
+            for each in message.memory
+        },
+        group_memory={each.group: dict(each.values) for each in message.group_memory},
+        parts=tuple(_decode_part(part, tensors) for part in message.parts),
+        accumulated=message.accumulated,
+        skipped=message.skipped,
     )
 
 
@@ -497,6 +546,27 @@ def _decode_average(message: transforms_pb2.Average) -> Average:
             return SWA(message.swa.start, message.swa.every)
         case _:
             raise InvalidTransform("expected an average to be ema_decay or swa; got neither")
+
+
+def _encode_part(part: Part, tensors: Sequence[TensorSpec]) -> state_pb2.StatePart:
+    own = tuple(tensors[index].shape for index in part.tensors)
+    shapes = [] if part.shapes == own else [state_pb2.StateShape(sizes=shape) for shape in part.shapes]
+    return state_pb2.StatePart(name=part.name, tensors=part.tensors, shapes=shapes)
+
+
+def _decode_part(message: state_pb2.StatePart, tensors: Sequence[TensorSpec]) -> Part:
+    indices = _decode_indices(message.tensors, tensors, len(message.shapes) or len(message.tensors))
+    shapes = tuple(tuple(shape.sizes) for shape in message.shapes)
+    return Part(message.name, indices, shapes or tuple(tensors[index].shape for index in indices))
+
+
+def _decode_indices(indices: Sequence[int], tensors: Sequence[TensorSpec], count: int) -> tuple[int, ...]:
+    if len(indices) != count or len(set(indices)) != count or max(indices, default=0) >= len(tensors):
+        raise InvalidState(
+            f"expected {count} tensors among the set's {len(tensors)}, each once; got {len(indices)} indices"
+            + (f" up to {max(indices)}" if indices else "")
+        )
+    return tuple(indices)
 
 
 def _decode_dtype(value: int) -> DType:

@@ -1,23 +1,35 @@
 """What a worker holds: a handle on one parameter set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from optserve._buffers import Buffers
+from optserve._carriers import Chunks
 from optserve._choice import Choice
 from optserve._compression import Compressor
 from optserve._errors import InvalidFormat, OutcomeUnknown, TensorMismatch
-from optserve._messages import decode_description, decode_position, encode_changes
+from optserve._messages import (
+    decode_description,
+    decode_group_states,
+    decode_outline,
+    decode_position,
+    decode_spec,
+    encode_changes,
+)
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
 from optserve._rows import RowSparse, as_indices, check_count, split
 from optserve._session import OutgoingPull, OutgoingPush, Session
 from optserve._specification import as_arrays
+from optserve._state import State, assembled
 from optserve._transport import Transport
+from optserve._wire import Frame
 from optserve.optim import Group
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1 import step_pb2
 
 Changes = Mapping[str, Mapping[str, Any]]
 
@@ -174,6 +186,13 @@ class ParameterSet:
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
         return decode_description(response.parameter_set)
 
+    def state(self) -> State:
+        """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`)."""
+        request = pb.ExportParameterSetRequest(id=self.id)
+        return retried(
+            lambda left: _received(self._transport.download("ExportParameterSet", request, left)), self._timeout
+        )
+
     def checkpoint(self) -> Position:
         """Write the set to the server's stable storage now; raises NoDataDirectory if the server has none."""
         request = pb.CheckpointParameterSetRequest(id=self.id)
@@ -230,3 +249,14 @@ class ParameterSet:
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent
         encode_changes(outgoing.changes)
         return outgoing
+
+
+def _received(frames: Iterator[Frame[pb.ExportParameterSetResponse]]) -> State:
+    """The state that comes in frames; raises what the server says, or InvalidChunk."""
+    first, second = next(frames).message, next(frames).message
+    tensors = decode_spec(first.spec).tensors
+    outline = decode_outline(second.state, tensors)
+    elements = outline.elements(tensors)
+    everything = step_pb2.Parameters(tensors=range(len(elements)))
+    arrays = Chunks(elements, Buffers()).receive(everything, frames, {}, copy=True)
+    return assembled(tensors, decode_group_states(first.groups), outline, map(np.asarray, arrays))

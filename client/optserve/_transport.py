@@ -71,6 +71,9 @@ class Transport(Protocol):
         With `wait`, a server that can't be reached is waited for: so a call that must not be repeated is sent once.
         """
 
+    def download(self, method: str, request: Any, timeout: float) -> Iterator[Frame[Any]]:
+        """Call a method that answers with a stream of frames."""
+
     def open(self) -> Stream:
         """Open a Step stream."""
 
@@ -120,6 +123,14 @@ class GrpcTransport:
         except ValueError as error:
             raise self._closed(error) from None
 
+    def download(self, method: str, request: Any, timeout: float) -> Iterator[Frame[Any]]:
+        try:
+            yield from self._methods[method](request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise typed(error, self._address) from None
+        except ValueError as error:
+            raise self._closed(error) from None
+
     def open(self) -> "GrpcStream":
         try:
             return GrpcStream(self._methods["Step"], self._deadlines, self._address)
@@ -136,12 +147,14 @@ class GrpcTransport:
 
     def _bind(self, method: Any) -> Callable[..., Any]:
         path = f"/{SERVICE.full_name}/{method.name}"
-        response = getattr(optimizer_service_pb2, method.output_type.name, None)
-        if method.server_streaming:
+        response: Any = getattr(optimizer_service_pb2, method.output_type.name, None)
+        if method.client_streaming and method.server_streaming:
             return self._channel.stream_stream(path, Frame.to_bytes, lambda data: Frame.from_bytes(StepResponse, data))
+        if method.server_streaming:
+            return self._channel.unary_stream(path, serialize, lambda data: Frame.from_bytes(response, data))
         if method.client_streaming:
-            return self._channel.stream_unary(path, Frame.to_bytes, response.FromString)  # type: ignore[union-attr]
-        return self._channel.unary_unary(path, serialize, response.FromString)  # type: ignore[union-attr]
+            return self._channel.stream_unary(path, Frame.to_bytes, response.FromString)
+        return self._channel.unary_unary(path, serialize, response.FromString)
 
 
 class GrpcStream:
@@ -251,6 +264,9 @@ class MemoryTransport:
 
     def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
         return self._open_service().call(method, request)
+
+    def download(self, method: str, request: Any, timeout: float) -> Iterator[Frame[Any]]:
+        yield from self._open_service().call(method, request)
 
     def open(self) -> "MemoryStream":
         return MemoryStream(self._open_service())

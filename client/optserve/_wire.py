@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from optserve._errors import InvalidChunk
 from optserve._specification import BLOCK, Run
-from optserve.v1.optimizer_service_pb2 import CreateParameterSetRequest
+from optserve.v1.optimizer_service_pb2 import CreateParameterSetRequest, ExportParameterSetResponse
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve.v1.tensor_pb2 import Chunk, Segment
 
@@ -21,12 +21,12 @@ SMALL = 16 << 10  # bytes: protobuf's own copies of a payload cost less than doi
 LARGEST_MESSAGE = 16 << 20  # bytes; our chunks are far smaller: room for others' choice
 CHUNK_BYTES = 2 << 20  # payload of a chunk that we send; measured, see docs/architecture.md
 
-M = TypeVar("M", CreateParameterSetRequest, StepRequest, StepResponse)
+M = TypeVar("M", CreateParameterSetRequest, ExportParameterSetResponse, StepRequest, StepResponse)
 Buffer = bytes | memoryview
 
 _CHUNK_FIELD = {
     message: message.DESCRIPTOR.fields_by_name["chunk"].number
-    for message in (CreateParameterSetRequest, StepRequest, StepResponse)
+    for message in (CreateParameterSetRequest, ExportParameterSetResponse, StepRequest, StepResponse)
 }
 _DATA_FIELD = Chunk.DESCRIPTOR.fields_by_name["data"].number
 _LENGTH_DELIMITED = 2  # wire type

@@ -182,11 +182,17 @@ def _handler(service: OptimizerService, stalls: Stalls, method: Any) -> Any:
         with stalls.watch(context) as watch:
             return service.call(name, watch.over(_frames(pb.CreateParameterSetRequest, requests)))
 
-    if method.server_streaming:
+    def download(request: bytes, context: grpc.ServicerContext) -> Iterator[Frame[Any]]:
+        with stalls.watch(context) as watch:
+            yield from watch.taken(service.call(name, _parsed(kind, request)))
+
+    kind = getattr(pb, method.input_type.name, None)
+    if method.client_streaming and method.server_streaming:
         return grpc.stream_stream_rpc_method_handler(step, None, Frame.to_bytes)
     if method.client_streaming:
         return grpc.stream_unary_rpc_method_handler(upload, None, serialize)
-    kind = getattr(pb, method.input_type.name)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(download, None, Frame.to_bytes)
     return grpc.unary_unary_rpc_method_handler(
         lambda request, context: service.call(name, _parsed(kind, request)), None, serialize
     )

@@ -3,7 +3,7 @@
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -12,19 +12,25 @@ from optserve import optim
 from optserve._errors import InvalidChunk, InvalidPolicy, InvalidTensor, MessageOrder, NoDataDirectory
 from optserve._messages import (
     decode_changes,
+    decode_outline,
     decode_spec,
     encode_description,
+    encode_group_states,
+    encode_outline,
     encode_position,
+    encode_spec,
     encode_summary,
     encode_value,
 )
 from optserve._policies import Sync
-from optserve._specification import Holds, ParameterSetSpec
-from optserve._wire import Frame
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
+from optserve_server.engine import outlines
 from optserve_server.engine.engine import Engine
+from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import known, rule_for
 from optserve_server.engine.staging import Staging
@@ -35,6 +41,7 @@ from optserve_server.step import StepStream
 from optserve_server.storage.directory import DataDirectory
 
 CreationFrames = Iterable[Frame[pb.CreateParameterSetRequest]]
+ExportFrames = Iterator[Frame[pb.ExportParameterSetResponse]]
 
 log = structlog.get_logger()
 
@@ -62,6 +69,7 @@ class OptimizerService:
         self._methods: dict[str, Callable[[Any], Any]] = {
             "CreateParameterSet": self.create_parameter_set,
             "GetParameterSet": self.get_parameter_set,
+            "ExportParameterSet": self.export_parameter_set,
             "ListParameterSets": self.list_parameter_sets,
             "UpdateParameterSet": self.update_parameter_set,
             "DeleteParameterSet": self.delete_parameter_set,
@@ -70,7 +78,7 @@ class OptimizerService:
         }
 
     def call(self, method: str, request: Any) -> Any:
-        """Call a method that has one answer, by its name in the contract."""
+        """Call a method that is not Step, by its name in the contract; one that answers with a stream gives its frames."""
         return self._methods[method](request)
 
     def step(self, frames: Iterator[Frame[StepRequest]], watch: Watch | None = None) -> Generator[Frame[StepResponse]]:
@@ -97,9 +105,14 @@ class OptimizerService:
         self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
-        with self.pushes.room(max(1, sum(tensor.nbytes for tensor in spec.sent))):
-            values = self._receive(spec, first, frames)
-            made, created = self._engine.create(spec, values, exist_ok=exist_ok)
+        start: Start | None = None
+        tensors: Sequence[TensorSpec] = spec.sent if spec.holds is Holds.PARAMETERS else ()
+        if first.message.HasField("state"):
+            outline = decode_outline(first.message.state, spec.tensors)
+            start, tensors = outlines.start(spec, outline), outline.elements(spec.tensors)
+        with self.pushes.room(max(1, sum(tensor.nbytes for tensor in tensors))):
+            values = self._receive(tensors, first, frames)
+            made, created = self._engine.create(spec, values, start, exist_ok=exist_ok)
         return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
 
     def _check_policy(self, spec: ParameterSetSpec) -> None:
@@ -115,13 +128,13 @@ class OptimizerService:
                 )
 
     def _receive(
-        self, spec: ParameterSetSpec, first: Frame[pb.CreateParameterSetRequest], frames: CreationFrames
+        self, tensors: Sequence[TensorSpec], first: Frame[pb.CreateParameterSetRequest], frames: CreationFrames
     ) -> Staging:
-        """The initial values of a set, all of them."""
-        values = self._engine.stage(spec.sent if spec.holds is Holds.PARAMETERS else ())
+        """The initial values of a set, or the elements of its state, all of them."""
+        values = self._engine.stage(tensors)
         for frame in itertools.chain((first,), frames) if first.payload else frames:
-            if frame is not first and frame.message.HasField("spec"):
-                raise MessageOrder("expected `spec` in the first message only")
+            if frame is not first and (frame.message.HasField("spec") or frame.message.HasField("state")):
+                raise MessageOrder("expected `spec` and `state` in the first message only")
             if frame.payload is None:
                 raise InvalidChunk("expected a chunk of initial values; got a message without one")
             values.add(frame.payload.runs, frame.payload.buffer, replace=frame.payload.replace)
@@ -130,6 +143,19 @@ class OptimizerService:
 
     def get_parameter_set(self, request: pb.GetParameterSetRequest) -> pb.GetParameterSetResponse:
         return pb.GetParameterSetResponse(parameter_set=encode_description(self._engine.get(request.id).describe()))
+
+    def export_parameter_set(self, request: pb.ExportParameterSetRequest) -> ExportFrames:
+        parameter_set = self._engine.get(request.id)
+        outlines.check_movable(parameter_set.spec)
+        with self.streams.room(), self.pushes.room(parameter_set.state_bytes):
+            state = parameter_set.capture()
+            outline, elements = outlines.outlined(state)
+            spec = encode_spec(state.spec)
+            groups = encode_group_states(state.groups)
+            yield Frame(pb.ExportParameterSetResponse(spec=spec, groups=groups))
+            yield Frame(pb.ExportParameterSetResponse(state=encode_outline(outline, state.spec.tensors)))
+            for payload in pack((k, bytes_of(each), each.itemsize) for k, each in enumerate(elements)):
+                yield Frame(pb.ExportParameterSetResponse(), payload)
 
     def list_parameter_sets(self, request: pb.ListParameterSetsRequest) -> pb.ListParameterSetsResponse:
         summaries = [encode_summary(each.summarize()) for each in self._engine.list()]

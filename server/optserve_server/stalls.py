@@ -1,4 +1,4 @@
-"""Stalls: calls whose sender has stopped in the middle of an upload are ended, so that they hold nothing up for ever."""
+"""Stalls: calls that have stopped in the middle of an upload or a download are ended, so that they hold nothing for ever."""
 
 import threading
 import time
@@ -33,6 +33,13 @@ class Watch:
             yield message
             self.progress()
         self.rest()
+
+    def taken(self, messages: Iterable[T]) -> Iterator[T]:
+        """Messages that the caller takes one after the other until they end."""
+        for message in messages:
+            self.progress()
+            yield message
+            self.rest()
 
     def rest(self) -> None:
         """Expect nothing."""

@@ -24,45 +24,50 @@ _sym_db = _symbol_database.Default()
 
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import parameter_set_pb2 as optserve_dot_v1_dot_parameter__set__pb2
+from optserve.v1 import state_pb2 as optserve_dot_v1_dot_state__pb2
 from optserve.v1 import step_pb2 as optserve_dot_v1_dot_step__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"}\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\x1a\n\x18ListParameterSetsRequest\"U\n\x19ListParameterSetsResponse\x12\x38\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32 .optserve.v1.ParameterSetSummary\"c\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription2\x8b\x06\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x17optserve/v1/state.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"\xa0\x01\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12!\n\x05state\x18\x04 \x01(\x0b\x32\x12.optserve.v1.State\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x45xportParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xb8\x01\n\x1a\x45xportParameterSetResponse\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.optserve.v1.GroupState\x12!\n\x05state\x18\x03 \x01(\x0b\x32\x12.optserve.v1.State\x12!\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.optserve.v1.Chunk\"\x1a\n\x18ListParameterSetsRequest\"U\n\x19ListParameterSetsResponse\x12\x38\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32 .optserve.v1.ParameterSetSummary\"c\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription2\xf4\x06\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12g\n\x12\x45xportParameterSet\x12&.optserve.v1.ExportParameterSetRequest\x1a\'.optserve.v1.ExportParameterSetResponse0\x01\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.optimizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATEPARAMETERSETREQUEST']._serialized_start=164
-  _globals['_CREATEPARAMETERSETREQUEST']._serialized_end=289
-  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_start=291
-  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_end=386
-  _globals['_GETPARAMETERSETREQUEST']._serialized_start=388
-  _globals['_GETPARAMETERSETREQUEST']._serialized_end=424
-  _globals['_GETPARAMETERSETRESPONSE']._serialized_start=426
-  _globals['_GETPARAMETERSETRESPONSE']._serialized_end=501
-  _globals['_LISTPARAMETERSETSREQUEST']._serialized_start=503
-  _globals['_LISTPARAMETERSETSREQUEST']._serialized_end=529
-  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_start=531
-  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=616
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=618
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=717
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=719
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=797
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=799
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=838
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=840
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=868
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=870
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=913
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=915
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=988
-  _globals['_LISTRULESREQUEST']._serialized_start=990
-  _globals['_LISTRULESREQUEST']._serialized_end=1008
-  _globals['_LISTRULESRESPONSE']._serialized_start=1010
-  _globals['_LISTRULESRESPONSE']._serialized_end=1074
-  _globals['_OPTIMIZERSERVICE']._serialized_start=1077
-  _globals['_OPTIMIZERSERVICE']._serialized_end=1856
+  _globals['_CREATEPARAMETERSETREQUEST']._serialized_start=190
+  _globals['_CREATEPARAMETERSETREQUEST']._serialized_end=350
+  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_start=352
+  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_end=447
+  _globals['_GETPARAMETERSETREQUEST']._serialized_start=449
+  _globals['_GETPARAMETERSETREQUEST']._serialized_end=485
+  _globals['_GETPARAMETERSETRESPONSE']._serialized_start=487
+  _globals['_GETPARAMETERSETRESPONSE']._serialized_end=562
+  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_start=564
+  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_end=603
+  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_start=606
+  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_end=790
+  _globals['_LISTPARAMETERSETSREQUEST']._serialized_start=792
+  _globals['_LISTPARAMETERSETSREQUEST']._serialized_end=818
+  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_start=820
+  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=905
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=907
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=1006
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=1008
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=1086
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=1088
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=1127
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=1129
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=1157
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=1159
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=1202
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=1204
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=1277
+  _globals['_LISTRULESREQUEST']._serialized_start=1279
+  _globals['_LISTRULESREQUEST']._serialized_end=1297
+  _globals['_LISTRULESRESPONSE']._serialized_start=1299
+  _globals['_LISTRULESRESPONSE']._serialized_end=1363
+  _globals['_OPTIMIZERSERVICE']._serialized_start=1366
+  _globals['_OPTIMIZERSERVICE']._serialized_end=2250
 # @@protoc_insertion_point(module_scope)

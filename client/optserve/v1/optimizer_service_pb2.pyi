@@ -1,5 +1,6 @@
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
+from optserve.v1 import state_pb2 as _state_pb2
 from optserve.v1 import step_pb2 as _step_pb2
 from optserve.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
@@ -11,14 +12,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateParameterSetRequest(_message.Message):
-    __slots__ = ("spec", "exist_ok", "chunk")
+    __slots__ = ("spec", "exist_ok", "chunk", "state")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     EXIST_OK_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     spec: _parameter_set_pb2.ParameterSetSpec
     exist_ok: bool
     chunk: _tensor_pb2.Chunk
-    def __init__(self, spec: _Optional[_Union[_parameter_set_pb2.ParameterSetSpec, _Mapping]] = ..., exist_ok: bool = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
+    state: _state_pb2.State
+    def __init__(self, spec: _Optional[_Union[_parameter_set_pb2.ParameterSetSpec, _Mapping]] = ..., exist_ok: bool = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., state: _Optional[_Union[_state_pb2.State, _Mapping]] = ...) -> None: ...
 
 class CreateParameterSetResponse(_message.Message):
     __slots__ = ("parameter_set", "created")
@@ -39,6 +42,24 @@ class GetParameterSetResponse(_message.Message):
     PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
     parameter_set: _parameter_set_pb2.ParameterSet
     def __init__(self, parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+
+class ExportParameterSetRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ExportParameterSetResponse(_message.Message):
+    __slots__ = ("spec", "groups", "state", "chunk")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    spec: _parameter_set_pb2.ParameterSetSpec
+    groups: _containers.RepeatedCompositeFieldContainer[_parameter_set_pb2.GroupState]
+    state: _state_pb2.State
+    chunk: _tensor_pb2.Chunk
+    def __init__(self, spec: _Optional[_Union[_parameter_set_pb2.ParameterSetSpec, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_parameter_set_pb2.GroupState, _Mapping]]] = ..., state: _Optional[_Union[_state_pb2.State, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ...) -> None: ...
 
 class ListParameterSetsRequest(_message.Message):
     __slots__ = ()

@@ -49,6 +49,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetResponse.FromString,
                 _registered_method=True)
+        self.ExportParameterSet = channel.unary_stream(
+                '/optserve.v1.OptimizerService/ExportParameterSet',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetResponse.FromString,
+                _registered_method=True)
         self.ListParameterSets = channel.unary_unary(
                 '/optserve.v1.OptimizerService/ListParameterSets',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListParameterSetsRequest.SerializeToString,
@@ -89,10 +94,10 @@ class OptimizerServiceServicer(object):
     """
 
     def CreateParameterSet(self, request_iterator, context):
-        """Creates a parameter set from its specification and its initial values.
-        Requests: the first names the specification; then chunks, until every element has come; then the end of the stream.
+        """Creates a parameter set from its specification and its initial values, or from a state that another one was in.
+        Requests: the first names the specification, and the state if there is one; then chunks, until every element has come; then the end of the stream.
         A set comes into being whole, at the end, or not at all.
-        Errors: INVALID_ARGUMENT (specification, chunks, non-finite values), ALREADY_EXISTS (see exist_ok),
+        Errors: INVALID_ARGUMENT (specification, state, chunks, non-finite values), ALREADY_EXISTS (see exist_ok),
         FAILED_PRECONDITION (exists with another specification).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -101,6 +106,16 @@ class OptimizerServiceServicer(object):
 
     def GetParameterSet(self, request, context):
         """Describes one set. Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportParameterSet(self, request, context):
+        """Sends all that a set is at one version, for a set that goes on from there (see CreateParameterSetRequest.state).
+        Responses: the first has `spec` and `groups`, the second `state`; then chunks, until every element has come.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (the set has tables, which don't travel yet), RESOURCE_EXHAUSTED (too many streams, too
+        many bytes in flight), UNAVAILABLE (the server is draining).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,6 +182,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.GetParameterSet,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetResponse.SerializeToString,
+            ),
+            'ExportParameterSet': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportParameterSet,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetResponse.SerializeToString,
             ),
             'ListParameterSets': grpc.unary_unary_rpc_method_handler(
                     servicer.ListParameterSets,
@@ -257,6 +277,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/GetParameterSet',
             optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.GetParameterSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportParameterSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/ExportParameterSet',
+            optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.ExportParameterSetResponse.FromString,
             options,
             channel_credentials,
             insecure,

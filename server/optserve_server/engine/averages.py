@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optserve._state import AVERAGE, LOOKAHEAD
 from optserve._transforms import EMA, Average, Lookahead, Transforms
 from optserve_server.engine.arena import ComputeType, Layout
 from optserve_server.engine.loops import BLEND_COLUMNS, blend_loop
 from optserve_server.engine.threads import Table, Threads
 from optserve_server.engine.update import Arenas
-
-AVERAGE, LOOKAHEAD = "transform:average", "transform:lookahead"  # slots: no names that a rule could have
 
 
 @dataclass(frozen=True, slots=True)

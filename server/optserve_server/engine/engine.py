@@ -19,6 +19,7 @@ from optserve._specification import Holds, ParameterSetSpec, StateFormat, Tensor
 from optserve._transforms import REFUSE, ClipAdaptive
 from optserve_server.engine import clipping, slot_formats
 from optserve_server.engine.buffers import Allocate, private
+from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.pipeline import gathers, slot_layouts
 from optserve_server.engine.rows import check_transforms
@@ -125,15 +126,22 @@ class Engine:
         """Room for tensors on their way in."""
         return Staging(tensors, self.threads)
 
-    def create(self, spec: ParameterSetSpec, values: Staging, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
-        """A new set with those initial values and True, or an existing one and False; raises as `existing` does."""
+    def create(
+        self, spec: ParameterSetSpec, values: Staging, start: Start | None = None, *, exist_ok: bool
+    ) -> tuple[ParameterSet, bool]:
+        """A new set with those initial values, or what came for its start, and True; or an existing one and False.
+
+        Raises as `existing` does.
+        """
         try:
             created = ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
         except (MemoryError, OSError):
             raise ServerBusy(
                 f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"
             ) from None
-        if spec.holds is Holds.PARAMETERS:
+        if start is not None:
+            created.resume(start, values)
+        elif spec.holds is Holds.PARAMETERS:
             created.load(values)
         with self._lock:
             if present := self.existing(spec, exist_ok=exist_ok):

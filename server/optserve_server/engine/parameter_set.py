@@ -21,25 +21,26 @@ from optserve._errors import (
 from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
+from optserve._state import GRADIENT, PARAMETERS
 from optserve._transforms import SkipNonFinite
 from optserve_server.engine import slot_formats, update
-from optserve_server.engine.arena import Arena, ComputeType, assign, copy
+from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop
+from optserve_server.engine.outlines import Start
 from optserve_server.engine.pipeline import Pipeline, Progress
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds, merged_changes
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
-from optserve_server.engine.staging import Staging
+from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Arenas, Update
 from optserve_server.engine.views import Rows, Views
 
-PARAMETERS, GRADIENT = "parameters", "transform:gradient"  # names of these arenas beside those of the slots
 CHANGES_KEPT = 1000
 
 
@@ -134,7 +135,7 @@ class ParameterSet:
                 position=self._position,
                 groups=tuple(map(self._describe_group, self._groups)),
                 create_time=self.create_time,
-                state_bytes=self._state_bytes,
+                state_bytes=self.state_bytes,
                 element_count=self._element_count,
                 changes=tuple(self._changes),
             )
@@ -148,14 +149,34 @@ class ParameterSet:
             position=self._position,
             tensor_count=len(self.spec.tensors),
             element_count=self._element_count,
-            state_bytes=self._state_bytes,
+            state_bytes=self.state_bytes,
             create_time=self.create_time,
         )
 
     def load(self, staging: Staging) -> None:
         """Take the initial values of all tensors, before the set is published."""
+        self._fill(self._buffers.current.arena, self.layout, dict(enumerate(staging.tensors)))
+        for name in self._pipeline.copies:
+            assign(self._slots[name], self._buffers.current.arena)
+
+    def resume(self, start: Start, staging: Staging) -> None:
+        """Begin where something else stood, with the elements that came for it, before the set is published."""
+        elements = iter(staging.tensors)
+        parts = {part.name: dict(zip(part.tensors, elements, strict=False)) for part in start.parts}
+        self._fill(self._buffers.current.arena, self.layout, parts.pop(PARAMETERS, {}))
+        for name in self._pipeline.copies:
+            assign(self._slots[name], self._buffers.current.arena)
+        arenas, layouts = self._arenas(), {GRADIENT: self.layout, **self._pipeline.slots}
+        for name, tensors in parts.items():
+            self._fill(arenas[name], layouts[name], tensors)
+        self._progress = start.progress
+        self._position = replace(self._position, version=start.version)
+
+    def _fill(self, arena: Arena, layout: Layout, tensors: Mapping[int, StagedTensor]) -> None:
+        """Write staged tensors, by index, to their places in an arena."""
         tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
-        for place, tensor in zip(self.layout.places, staging.tensors, strict=True):
+        for index, tensor in tensors.items():
+            place = layout.places[index]
             table = tables.setdefault((place.compute, tensor.spec.dtype), [])
             itemsize = tensor.spec.dtype.itemsize
             table += [
@@ -165,9 +186,7 @@ class ParameterSet:
         for (compute, dtype), table in tables.items():
             if table:
                 rows = np.array(table, np.int64)
-                self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, self._buffers.current.arena[compute])
-        for name in self._pipeline.copies:
-            assign(self._slots[name], self._buffers.current.arena)
+                self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, arena[compute])
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
@@ -343,7 +362,8 @@ class ParameterSet:
         return GroupDescription(group.name, tensors, evaluated, optimizer.schedules)
 
     @property
-    def _state_bytes(self) -> int:
+    def state_bytes(self) -> int:
+        """Memory of parameters and optimizer state."""
         return sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
 
     @property

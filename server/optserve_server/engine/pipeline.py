@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from optserve._errors import InvalidHyperparameter, TensorMismatch
 from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
+from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive
 from optserve_server.engine import averages, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout
@@ -110,7 +111,7 @@ class Pipeline:
     @property
     def evaluation(self) -> str:
         """The slot with the parameters to evaluate, if there is one."""
-        return averages.AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
+        return AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
 
     def plan(
         self, groups: Sequence[TensorGroup], progress: Progress, pushes: Sequence[Push], updated: set[int]
@@ -273,6 +274,16 @@ def slot_layouts(spec: ParameterSetSpec, layout: Layout) -> dict[str, Layout]:
         return shaped | dict.fromkeys(averaged, layout)
     encoded = {name: EncodedLayout(layout, format) for name, format in slot_formats.chosen(spec).items()}
     return dict.fromkeys((*rule.slots, *averaged), layout) | encoded
+
+
+def slot_shapes(spec: ParameterSetSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shape that each slot of a set has for each of its tensors, by the slot's name."""
+    rule, averaged = rule_for(spec.optimizer), averages.slots(spec.transforms)
+    own = tuple(tensor.shape for tensor in spec.tensors)
+    if isinstance(rule, TensorRule):
+        shaped = {name: tuple(map(shape, spec.tensors)) for name, shape in rule.slots.items()}
+        return shaped | dict.fromkeys(averaged, own)
+    return dict.fromkeys((*rule.slots, *averaged), own)
 
 
 def gathers(spec: ParameterSetSpec) -> bool:

@@ -3,10 +3,11 @@
 import datetime
 from dataclasses import dataclass, field
 
-from optserve._results import Change, Position
+from optserve._results import Change, GroupDescription, Position
 from optserve._specification import ParameterSetSpec
 from optserve.optim import Optimizer
 from optserve_server.engine.arena import Arena
+from optserve_server.engine.groups import resolve
 from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Session
 
@@ -29,3 +30,12 @@ class State:
     progress: Progress
     sessions: list[Session]
     keys: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> tuple[GroupDescription, ...]:
+        """The groups with the hyperparameters in force."""
+        names = [tensor.name for tensor in self.spec.tensors]
+        return tuple(
+            GroupDescription(group.name, tuple(names[index] for index in group.members), self.optimizers[group.name])
+            for group in resolve(self.spec)
+        )
