@@ -1,6 +1,7 @@
 """A run moves from a library's own optimizer to the service and back, and the next steps are the same."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 import optserve
 from equality import same
-from optimizer_table import torch_in_float64
+from optimizer_table import muon_in_full_precision, torch_in_float64
 from optserve import EMA, Lookahead, State, Transforms, optim
 from optserve.interop import keras as keras_interop
 from optserve.interop import optax as optax_interop
@@ -25,12 +26,13 @@ NewId = Callable[[], str]
 
 W, B = "dense/w", "dense/b"
 SHAPES = {W: (4, 3), B: (3,)}
+MATRICES = {W: (4, 3), B: (1, 3)}
 STEPS = 3  # before each move, and after the last
 
 
-def tensors(seed: int, dtype: Any = np.float64) -> Tensors:
+def tensors(seed: int, dtype: Any = np.float64, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Tensors:
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
 
 def assert_close(ours: Tensors, theirs: Tensors, tolerance: float = 1e-12) -> None:
@@ -55,22 +57,24 @@ def check_moves(
     local: Local, client: optserve.Client, set_id: str, *, uncounted: bool = False, tolerance: float = 1e-12
 ) -> None:
     """Local steps, then the same here and there, then from there to a new local one, and the same again."""
+    shapes = {name: array.shape for name, array in local.parameters().items()}
     dtype = local.parameters()[W].dtype
-    for seed in range(STEPS):
-        local.step(tensors(seed, dtype))
+    gradients = [tensors(seed, dtype, shapes) for seed in range(3 * STEPS)]
+    for each in gradients[:STEPS]:
+        local.step(each)
     with client.create_parameter_set(set_id, local.state()) as weights:
-        for seed in range(STEPS, 2 * STEPS):
-            local.step(tensors(seed, dtype))
-            assert_close(weights.step(tensors(seed, dtype)), local.parameters(), tolerance)
+        for each in gradients[STEPS : 2 * STEPS]:
+            local.step(each)
+            assert_close(weights.step(each), local.parameters(), tolerance)
         state = weights.state()
         back = local.resumed(state)
         assert_close(back.parameters(), state.parameters, 0.0)
         again = back.state()
         if dtype == np.float64:
             assert_same_state(again, state, uncounted=uncounted)
-        for seed in range(2 * STEPS, 3 * STEPS):
-            back.step(tensors(seed, dtype))
-            assert_close(weights.step(tensors(seed, dtype)), back.parameters(), tolerance)
+        for each in gradients[2 * STEPS :]:
+            back.step(each)
+            assert_close(weights.step(each), back.parameters(), tolerance)
         weights.delete()
 
 
@@ -93,25 +97,28 @@ class LocalTorch:
     def __init__(self, optimizer: optim.Optimizer, parameters: Tensors) -> None:
         self._ours = optimizer
         self._parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in parameters.items()}
-        options = {key: value for key, value in optimizer.hyperparameters.items() if key != "convention"}
         kind = next(name for name in (each.__name__ for each in type(optimizer).__mro__) if hasattr(torch.optim, name))
-        if kind == "AdamW":
-            del options["decoupled_weight_decay"]
+        given = {**optimizer.hyperparameters, "foreach": False}
+        takes = inspect.signature(getattr(torch.optim, kind)).parameters
         w, b = self._parameters.values()
         other = {} if kind == "Rprop" else {"lr": optimizer.lr / 2}  # whose learning rate is the first step size only
         groups = [{"params": [w]}, {"params": [b], **other}]
-        self._theirs = getattr(torch.optim, kind)(groups, foreach=False, **options)
+        self._theirs = getattr(torch.optim, kind)(groups, **{key: given[key] for key in given.keys() & takes})
 
     def step(self, gradients: Tensors) -> None:
         for name, parameter in self._parameters.items():
-            parameter.grad = torch.tensor(gradients[name])
+            gradient = torch.tensor(gradients[name])
+            parameter.grad = gradient.to_sparse(1) if isinstance(self._ours, optim.SparseAdam) else gradient
         self._theirs.step()
 
     def parameters(self) -> Tensors:
         return {name: parameter.detach().numpy().copy() for name, parameter in self._parameters.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        return self._theirs.state_dict()
+
     def state(self) -> State:
-        return torch_interop.from_state_dict(self._theirs.state_dict(), self._parameters, type(self._ours))
+        return torch_interop.from_state_dict(self.state_dict(), self._parameters, type(self._ours))
 
     def resumed(self, state: State) -> "LocalTorch":
         other = LocalTorch(self._ours.replace(lr=99.0), dict(state.parameters))
@@ -136,6 +143,10 @@ TORCH = {
     "nadam": optim.NAdam(lr=0.02),
     "radam": optim.RAdam(lr=0.02),
     "adamax": optim.Adamax(lr=0.02),
+    "sparse-adam": optim.SparseAdam(lr=0.02),
+    "adafactor": optim.Adafactor(lr=0.02, weight_decay=0.1),
+    "adafactor-eps": optim.Adafactor(lr=0.02, eps=(1e-8, 1e-2), maximize=True),
+    "muon": optim.Muon(lr=0.02),
 }
 
 
@@ -147,9 +158,31 @@ def some_client(memory_client: optserve.Client, tcp_client: optserve.Client, nam
 
 @pytest.mark.parametrize("name", TORCH)
 def test_moves_from_and_to_torch(some_client: optserve.Client, new_id: NewId, name: str) -> None:
-    with torch_in_float64():
-        uncounted = isinstance(TORCH[name], optim.SGD)
-        check_moves(LocalTorch(TORCH[name], tensors(100)), some_client, new_id(), uncounted=uncounted)
+    start = tensors(100, shapes=shapes_for(TORCH[name]))
+    with torch_in_float64(), muon_in_full_precision():
+        uncounted = isinstance(TORCH[name], optim.SGD | optim.Muon)
+        check_moves(LocalTorch(TORCH[name], start), some_client, new_id(), uncounted=uncounted)
+
+
+def shapes_for(optimizer: optim.Optimizer) -> Mapping[str, tuple[int, ...]]:
+    return MATRICES if isinstance(optimizer, optim.Muon) else SHAPES
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_state_dict_has_what_torch_keeps(name: str) -> None:
+    gradients = tensors(0, np.float32, shapes_for(TORCH[name]))
+    local = LocalTorch(TORCH[name], gradients)
+    local.step(gradients)
+    assert described(torch_interop.state_dict(local.state(), [W], [B])) == described(local.state_dict())
+
+
+def described(state_dict: Mapping[str, Any]) -> dict[int, dict[str, tuple[object, ...]]]:
+    """Names, types, dtypes and shapes of what torch keeps of tensors."""
+
+    def of(value: Any) -> tuple[object, ...]:
+        return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else (type(value),)
+
+    return {index: {key: of(value) for key, value in kept.items()} for index, kept in state_dict["state"].items()}
 
 
 class LocalOptax:
@@ -199,6 +232,7 @@ OPTAX = {
     "rmsprop-all": (
         optim.RMSprop(lr=0.1, centered=True, momentum=0.5, **CONVENTION), optax.rmsprop(0.1, centered=True, momentum=0.5)
     ),
+    "bias-corrected-rmsprop": (optim.BiasCorrectedRMSprop(lr=0.1), optax.rmsprop(0.1, bias_correction=True)),
     "adam": (optim.Adam(lr=0.1, **CONVENTION), optax.adam(0.1)),
     "adamw": (optim.AdamW(lr=0.1, weight_decay=0.1, **CONVENTION), optax.adamw(0.1, weight_decay=0.1)),
     "amsgrad": (optim.AMSGrad(lr=0.1, **CONVENTION), optax.amsgrad(0.1)),
@@ -209,13 +243,16 @@ OPTAX = {
     "yogi": (optim.Yogi(lr=0.1), optax.yogi(0.1)),
     "ademamix": (optim.AdEMAMix(lr=0.1), optax.contrib.ademamix(0.1)),
     "adopt": (optim.ADOPT(lr=0.1, eps=1e-2), optax.contrib.adopt(0.1, eps=1e-2)),
+    "lars": (optim.LARS(lr=1.0, weight_decay=0.1), optax.lars(1.0, weight_decay=0.1)),
+    "lamb": (optim.LAMB(lr=0.1, weight_decay=0.1), optax.lamb(0.1, weight_decay=0.1)),
+    "novograd": (optim.NovoGrad(lr=0.1, weight_decay=0.1), optax.novograd(0.1, weight_decay=0.1)),
     "injected": (optim.Adam(lr=0.1, **CONVENTION), optax.inject_hyperparams(optax.adam)(0.1)),
     "masked": (
         optim.Adam(lr=0.1, **CONVENTION),
         optax.partition({"w": optax.adam(0.1), "b": optax.adam(0.1)}, {"dense": {"w": "w", "b": "b"}}),
     ),
 }  # fmt: skip
-UNCOUNTED_BY_OPTAX = ("sgd", "momentum", "nesterov", "sign", "adagrad", "adadelta", "rmsprop", "rmsprop-all")
+UNCOUNTED_BY_OPTAX = ("sgd", "momentum", "nesterov", "sign", "adagrad", "adadelta", "rmsprop", "rmsprop-all", "lars")
 
 
 @pytest.mark.parametrize("name", OPTAX)
@@ -280,6 +317,7 @@ KERAS: dict[str, tuple[optim.Optimizer, str, dict[str, Any]]] = {
     "amsgrad": (optim.AMSGrad(**OF_KERAS), "Adam", {"amsgrad": True}),
     "nadam": (optim.NAdam(**OF_KERAS), "Nadam", {}),
     "adamax": (optim.Adamax(**OF_KERAS), "Adamax", {}),
+    "lamb": (optim.LAMB(weight_decay=0.1, **OF_KERAS), "Lamb", {"weight_decay": 0.1}),
 }  # fmt: skip
 
 
@@ -313,7 +351,7 @@ def test_bfloat16_moves_from_torch_as_it_is(memory_client: optserve.Client, new_
 
 def test_torch_before_its_first_step_begins_as_a_new_set(memory_client: optserve.Client, new_id: NewId) -> None:
     with torch_in_float64():
-        for optimizer in (optim.Momentum(), optim.Adagrad(), optim.Rprop(), optim.NAdam()):
+        for optimizer in (optim.Momentum(), optim.Adagrad(), optim.Rprop(), optim.NAdam(), optim.Adafactor()):
             local = LocalTorch(optimizer, tensors(0))
             weights = memory_client.create_parameter_set(new_id(), local.state())
             fresh = local.resumed(weights.state())
@@ -349,10 +387,14 @@ def test_an_average_moves_to_and_from_keras(memory_client: optserve.Client, new_
     assert same(local.resumed(weights.state()).state(), weights.state())
 
 
-def moved(optimizer: optim.Optimizer, **options: Any) -> Callable[[optserve.Client], State]:
+def moved(
+    optimizer: optim.Optimizer, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any
+) -> Callable[[optserve.Client], State]:
+    start = tensors(0, shapes=shapes)
+
     def push(client: optserve.Client) -> State:
-        with client.create_parameter_set("tests/interop", tensors(0), optimizer, **options) as weights:
-            weights.push({W: tensors(0)[W]} if optimizer.rule == "RAdam" else tensors(0))
+        with client.create_parameter_set("tests/interop", start, optimizer, **options) as weights:
+            weights.push({W: start[W]} if optimizer.rule == "RAdam" else start)
             state = weights.state()
             weights.delete()
         return state
@@ -363,7 +405,21 @@ def moved(optimizer: optim.Optimizer, **options: Any) -> Callable[[optserve.Clie
 PARAMS = nested(tensors(0))
 TWO_RATES = [optim.Group("b", B, lr=0.5)]
 WRONG: dict[str, tuple[Callable[[optserve.Client], State], Callable[[State], object], str]] = {
-    "rule that torch lacks": (moved(optim.Adan()), torch_interop.state_dict, "torch has: SGD, .*got Adan"),
+    "rule that torch lacks": (moved(optim.Adan()), torch_interop.state_dict, "from torch: SGD, .*got Adan"),
+    "vectors for torch's Muon": (
+        moved(optim.Muon()), torch_interop.state_dict, r"matrices only.*got 'dense/b': float64\[3\].*AdamW"
+    ),
+    "maximize for torch's Muon": (
+        moved(optim.Muon(maximize=True), shapes=MATRICES), torch_interop.state_dict, "maximize=False.*group 'default'"
+    ),
+    "state that optax works out": (
+        moved(optim.ScheduleFreeSGD()),
+        lambda s: optax_interop.opt_state(s, optax.contrib.schedule_free_sgd().init(PARAMS)), "optax: .*got ScheduleFreeSGD",
+    ),
+    "variables without names": (
+        moved(optim.Adafactor(**OF_KERAS)), lambda s: LocalKeras(optim.Adafactor(**OF_KERAS), "Adafactor", {}, tensors(0), s),
+        "Keras: .*got Adafactor",
+    ),
     "convention": (moved(optim.Adam(**CONVENTION)), torch_interop.state_dict, "convention='torch'; got 'optax'"),
     "slot of a transform": (
         moved(optim.Adam(), transforms=Transforms(lookahead=Lookahead())), torch_interop.state_dict, "'transform:lookahead'"

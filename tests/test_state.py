@@ -291,6 +291,12 @@ def test_slots_of_other_shapes_and_memory_of_groups_move(monkeypatch: pytest.Mon
         outlines.start(first.set.spec, replace(outline, group_memory={"default": {"d": 1.0}}))
 
 
+def test_a_set_with_state_in_fewer_bits_stays_where_it_is(memory_client: optserve.Client, new_id: NewId) -> None:
+    weights = memory_client.create_parameter_set(new_id(), {"w": W}, optim.Adam(), state="bfloat16")
+    with pytest.raises(optserve.InvalidState, match=f"state in full.*{weights.id!r} keeps it as bfloat16"):
+        weights.state()
+
+
 def test_a_set_with_a_table_stays_where_it_is(memory_client: optserve.Client, new_id: NewId) -> None:
     weights = memory_client.create_parameter_set(new_id(), {"rows": optserve.Table((2,), 10)}, optim.SGD())
     with pytest.raises(optserve.InvalidState, match="without tables.*'rows'"):

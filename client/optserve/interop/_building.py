@@ -20,25 +20,31 @@ def built(
     slots: Mapping[str, Mapping[str, Any]],
     steps: Mapping[str, int],
     memory: Mapping[str, Mapping[str, float]],
+    shaped: Sequence[str] = (),
 ) -> State:
-    """A state with arrays of its own, in the dtypes that the server calculates in."""
+    """A state with arrays of its own, in the dtypes that the server calculates in.
+
+    In `shaped` slots, whose shapes the server checks, a tensor that the library has nothing of gets no elements.
+    """
     specs = {name: TensorSpec.of(name, array) for name, array in as_arrays(parameters).items()}
 
-    def own(arrays: Mapping[str, Any]) -> dict[str, Array]:
+    def own(arrays: Mapping[str, Any], *, as_tensors: bool = True) -> dict[str, Array]:
         for name, array in arrays.items():
             if name not in specs:
                 raise InvalidState(f"expected values of the parameters {', '.join(specs)}; got some of {name!r}")
-            if np.shape(array) != specs[name].shape:
+            if as_tensors and np.shape(array) != specs[name].shape:
                 raise InvalidState(
                     f"expected values of the shape of parameter {specs[name]}; got {list(np.shape(array))}"
                 )
         return {name: np.array(array, computed(specs[name].dtype).storage) for name, array in arrays.items()}
 
+    nothing = {name: np.empty(0) for name, count in steps.items() if count}
+    slots = {**slots, **{slot: {**nothing, **slots.get(slot, {})} for slot in shaped}}
     return State(
         tensors=tuple(specs.values()),
         groups=tuple(groups),
         parameters=own(parameters),
-        slots={slot: own(arrays) for slot, arrays in slots.items() if arrays},
+        slots={slot: own(arrays, as_tensors=slot not in shaped) for slot, arrays in slots.items() if arrays},
         steps=dict(steps),
         memory={name: values for name, values in memory.items() if values},
         version=max(steps.values(), default=0),

@@ -1,6 +1,6 @@
 """Names: what libraries call what rules keep."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from optserve import optim
@@ -13,16 +13,19 @@ from optserve.optim import Optimizer
 class Names:
     """A library's names for the slots and the memory of a rule, by ours; `convention` is the one that has its numbers.
 
-    It keeps slots in `negated` with the other sign. `eager` if its optimizer has state before its first update, not `counted`
-    if it does not keep the number of updates.
+    It keeps slots in `negated` with the other sign. Slots in `shaped` don't have their tensor's shape; some tensors may have no
+    elements there, and the library nothing. `eager` if its optimizer has state before its first update, not `counted` if it
+    does not keep the number of updates, `plain` if it keeps that as an int.
     """
 
     slots: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, str] = field(default_factory=dict)
     convention: str = "torch"
     negated: tuple[str, ...] = ()
+    shaped: tuple[str, ...] = ()
     eager: bool = False
     counted: bool = True
+    plain: bool = False
 
 
 def _same(*slots: str) -> Mapping[str, str]:
@@ -44,6 +47,10 @@ TORCH: Table = {
     optim.NAdam: Names(_same("exp_avg", "exp_avg_sq"), {"mu_product": "mu_product"}),
     optim.RAdam: Names(_same("exp_avg", "exp_avg_sq")),
     optim.Adamax: Names(_same("exp_avg", "exp_inf")),
+    optim.SparseAdam: Names(_same("exp_avg", "exp_avg_sq"), plain=True),
+    optim.Adafactor: Names(_same("row_var", "col_var", "variance"), shaped=("row_var", "col_var", "variance")),
+    # Averages are of tensors that are no matrices, which torch's Muon does not take.
+    optim.Muon: Names(_same("momentum_buffer"), shaped=("momentum_buffer", "exp_avg", "exp_avg_sq"), counted=False),
 }
 
 # Fields of NamedTuples, beside `count`.
@@ -60,6 +67,7 @@ OPTAX: Table = {
         convention="optax",
         negated=("momentum_buffer",),
     ),
+    optim.BiasCorrectedRMSprop: Names({"square_avg": "nu"}),
     optim.Adam: Names({"exp_avg": "mu", "exp_avg_sq": "nu", "max_exp_avg_sq": "nu_max"}, convention="optax"),
     optim.NAdam: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}, convention="optax"),
     optim.RAdam: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}, convention="optax"),
@@ -68,6 +76,9 @@ OPTAX: Table = {
     optim.Yogi: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}),
     optim.AdEMAMix: Names({"exp_avg": "m1", "exp_avg_slow": "m2", "exp_avg_sq": "nu"}),
     optim.ADOPT: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}),
+    optim.LARS: Names({"momentum_buffer": "trace"}, negated=("momentum_buffer",)),
+    optim.LAMB: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}),
+    optim.NovoGrad: Names({"exp_avg": "mu", "exp_avg_sq": "nu"}, shaped=("exp_avg_sq",)),
 }
 
 # Ends of the names of `optimizer.variables`, beside `iteration` and `learning_rate`; all may have `average` (`use_ema=True`).
@@ -89,16 +100,18 @@ KERAS: Table = {
         {"exp_avg": "momentum", "exp_avg_sq": "velocity"}, {"mu_product": "variable"}, convention="keras"
     ),
     optim.Adamax: Names({"exp_avg": "momentum", "exp_inf": "norm"}, convention="keras"),
+    optim.LAMB: Names({"exp_avg": "momentum", "exp_avg_sq": "velocity"}, convention="keras"),
 }
 
 
 def names_of(optimizer: type[Optimizer], table: Table, library: str) -> Names:
-    """A library's names for a rule; raises InvalidState if it does not have the rule."""
+    """A library's names for a rule; raises InvalidState if it does not keep the same for it."""
     for kind in optimizer.__mro__:
         if kind in table:
             return table[kind]
     raise InvalidState(
-        f"expected a rule that {library} has: {', '.join(kind.__name__ for kind in table)}; got {optimizer.__name__}"
+        f"expected a rule whose state moves to and from {library}: {', '.join(kind.__name__ for kind in table)}; got "
+        f"{optimizer.__name__}"
     )
 
 
@@ -113,7 +126,7 @@ def names_for(optimizer: Optimizer, table: Table, library: str) -> Names:
     return names
 
 
-def check_place(state: State, slots: Mapping[str, str], library: str) -> None:
+def check_place(state: State, slots: Collection[str], library: str) -> None:
     """Raises InvalidState for what a state has beside these slots."""
     for name in state.slots:
         if name not in slots:

@@ -84,6 +84,7 @@ def from_opt_state(opt_state: Any, params: Any, optimizer: Optimizer) -> State:
         {slot: _signed(slot, arrays, names) for slot, arrays in slots.items()},
         dict.fromkeys(parameters, steps),
         dict.fromkeys(parameters, _memory(optimizer, steps)),
+        names.shaped,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from optserve import optim
 from optserve._dtypes import BFLOAT16
 from optserve._errors import InvalidState
 from optserve._results import GroupDescription
@@ -23,7 +24,7 @@ def state_dict(state: State, *groups: Iterable[str]) -> dict[str, Any]:
     """What `load_state_dict` takes of the torch optimizer with these parameter groups, each given as names in its order.
 
     Without any, they are the state's own. The tensors of one must have one optimizer. The parameters are not in it: they are
-    `state.parameters`. Raises InvalidState.
+    `state.parameters`. torch iterates Muon's steps in bfloat16. Raises InvalidState.
     """
     listed = [list(names) for names in groups] or [list(group.tensors) for group in state.groups if group.tensors]
     ordered = [name for names in listed for name in names]
@@ -32,7 +33,9 @@ def state_dict(state: State, *groups: Iterable[str]) -> dict[str, Any]:
             f"expected each of the tensors {', '.join(state.steps)} in one group; got {', '.join(ordered)}"
         )
     names = names_for(state.optimizer, TORCH, "torch")
-    check_place(state, names.slots, "torch")
+    if isinstance(state.optimizer, optim.Muon):
+        _check_muon(state)
+    check_place(state, {*names.slots, *names.shaped}, "torch")
     indices = {name: index for index, name in enumerate(ordered)}
     kept = {indices[name]: _kept(state, name, names) for name in ordered if state.steps[name] or names.eager}
     return {
@@ -46,8 +49,8 @@ def from_state_dict(
 ) -> State:
     """The state of a torch optimizer with these parameters, by name in its order: `dict(model.named_parameters())`.
 
-    `rule` is its class in `optim`. Its first parameter group becomes `default`. `torch.optim.SGD` does not count: a tensor with
-    a momentum buffer has had one update or more, and counts one. Raises InvalidState or InvalidHyperparameter.
+    `rule` is its class in `optim`. Its first parameter group becomes `default`. `SGD` and `Muon` of torch do not count: a
+    tensor with a momentum buffer has had one update or more, and counts one. Raises InvalidState or InvalidHyperparameter.
     """
     names = names_of(rule, TORCH, "torch")
     param_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
@@ -68,15 +71,33 @@ def from_state_dict(
             name: {ours: float(values[key]) for ours, key in names.memory.items() if key in values}
             for name, values in kept.items()
         },
+        names.shaped,
     )
 
 
-def _kept(state: State, name: str, names: Names) -> dict[str, torch.Tensor]:
+def _check_muon(state: State) -> None:
+    """Raises InvalidState for what `torch.optim.Muon` does not do."""
+    for tensor in state.tensors:
+        if len(tensor.shape) != 2:
+            raise InvalidState(
+                f"expected matrices only, as torch's Muon has; got {tensor}. Keep other tensors in a set of their own, "
+                "with AdamW"
+            )
+    for group in state.groups:
+        if group.optimizer.hyperparameters["maximize"]:
+            raise InvalidState(f"expected maximize=False, as torch's Muon has; got True in the group {group.name!r}")
+
+
+def _kept(state: State, name: str, names: Names) -> dict[str, Any]:
     """What torch keeps of a tensor."""
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as in torch.optim
-    kept = {STEP: torch.tensor(float(state.steps[name]), dtype=scalar)} if names.counted else {}
+    kept: dict[str, Any] = {}
+    if names.counted:
+        steps = state.steps[name]
+        kept[STEP] = steps if names.plain else torch.tensor(float(steps), dtype=scalar)
     for slot, arrays in state.slots.items():
-        kept[names.slots[slot]] = torch.tensor(arrays[name])
+        if slot not in names.shaped or arrays[name].size:
+            kept[names.slots[slot]] = torch.tensor(arrays[name])
     for ours, key in names.memory.items():
         kept[key] = torch.tensor(state.memory[name][ours], dtype=scalar)
     return kept
