@@ -198,6 +198,7 @@ def test_a_push_that_never_arrived_settles_as_not_applied(
         with pytest.raises(optserve.OutcomeUnknown):
             weights.push(ones)
         limit[0] = 1 << 30
+        weights._session._timeout = 60.0  # gRPC takes its time to connect again
         assert weights.settle() is None
         assert weights.push(ones).sequence == 2
     assert direct.describe().version == 2

@@ -280,14 +280,17 @@ def test_streams_that_rest_between_pushes_are_not_ended(impatient: Server) -> No
         resting, silent = Stub(channel, "a", "resting"), Stub(channel, "a", "silent")
         resting.begin()
         assert resting.finish().outcome == step_pb2.OUTCOME_APPLIED
+        assert holds_at_last(impatient._service.pushes, 0)  # the stub does not try again
         held = weights.step(ONES, copy=False)
         for _ in range(2):
             stalled = Stub(channel, "a", "stalled")
             stalled.begin()
             with pytest.raises(grpc.RpcError):
                 next(stalled.call)
+            assert holds_at_last(impatient._service.pushes, 0)
         resting.begin(2)
         assert resting.finish().position.version == 3
+        assert holds_at_last(impatient._service.pushes, 0)
         silent.begin()
         assert silent.finish().position.version == 4
         assert (held["x"] == 2).all()
