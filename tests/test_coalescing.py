@@ -29,7 +29,7 @@ from optserve_server.engine.rules import Rule, rule_for
 from optserve_server.engine.sessions import Session
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.state import State
-from optserve_server.engine.threads import INLINE, STRIP, Table, Threads, split_in_order
+from optserve_server.engine.threads import INLINE, STRIP, Ranges, Threads, split_in_order
 
 Array = np.ndarray[Any, Any]
 PATIENCE = 30.0  # seconds for threads to get where they wait
@@ -373,7 +373,7 @@ def test_running_in_order_acts_on_every_element_in_the_order_of_rows(ranges: lis
     """Whatever the number of threads, with something that does not commute."""
     table = np.array([[start, size, row] for row, (start, size) in enumerate(ranges)], np.int64)
 
-    def loop(rows: Table, values: Array) -> None:
+    def loop(rows: Ranges, values: Array) -> None:
         for start, size, row in rows.tolist():
             values[start : start + size] = values[start : start + size] * 3 + row
 

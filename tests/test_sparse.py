@@ -147,6 +147,29 @@ def test_engine_and_transports_agree_bitwise(
     np.testing.assert_array_equal(results[0], results[2])
 
 
+def test_a_batch_without_any_row_is_a_gradient_too(client: optserve.Client, new_id: NewId) -> None:
+    """In a round with others, too, whose mean it has a part in."""
+    set_id, nothing = new_id(), RowSparse([], np.ones((0, WIDTH)))
+    made = client.create_parameter_set(set_id, {"e": embedding()}, optim.SGD(lr=1.0), policy=Sync(2), client_id="a")
+    with made, client.parameter_set(set_id, client_id="b") as other, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other.push, {"e": nothing})
+        made.push({"e": RowSparse([1], np.ones((1, WIDTH)))})
+        assert waiting.result().gradient_norm == 0
+        expected = embedding()
+        expected[1] -= 0.5
+        np.testing.assert_allclose(made.pull()["e"], expected, rtol=1e-13)
+        made.delete()
+
+
+def test_sums_that_overflow_are_refused(client: optserve.Client, new_id: NewId) -> None:
+    start = {"e": np.zeros((4, 2), np.float32)}
+    with client.create_parameter_set(new_id(), start, optim.SGD(lr=1.0)) as weights:
+        with pytest.raises(optserve.NonFiniteValue, match="finite sum"):
+            weights.push({"e": RowSparse([1, 1], np.full((2, 2), 3e38, np.float32))})
+        np.testing.assert_array_equal(weights.pull()["e"], 0)
+        weights.delete()
+
+
 def test_clipping_and_norms_are_of_the_sums(memory_client: optserve.Client, new_id: NewId) -> None:
     transforms = Transforms(clip=optserve.ClipGlobalNorm(1.0))
     gradient = some_gradients()[0]
@@ -243,7 +266,6 @@ class TestPulls:
         (RowSparse([0], np.ones((1, WIDTH))), optim.SGD(), {"transforms": Transforms(average=optserve.EMA())}),
         (RowSparse([0], np.ones((1, WIDTH))), optim.SGD(), {"transforms": Transforms(accumulate=2)}),
         (RowSparse([0], np.ones((1, WIDTH))), optim.SGD(), {"holds": "moments"}),
-        (RowSparse([], np.ones((0, WIDTH))), optim.SGD(), {}),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused_and_nothing_changes(

@@ -4,12 +4,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optserve_server.engine.threads import Table, Threads, split
+from optserve_server.engine.threads import Ranges, Threads, split
 
 ITEMSIZE = 4
 
 
-def table_of(counts: list[int]) -> Table:
+def table_of(counts: list[int]) -> Ranges:
     starts = np.cumsum([0, *counts])[:-1]
     rows = [[start, count, 1000 + start * ITEMSIZE] for start, count in zip(starts, counts, strict=True)]
     return np.array(rows, np.int64).reshape(-1, 3)
@@ -37,7 +37,7 @@ def test_a_split_keeps_every_element_in_order_with_its_address(counts: list[int]
 def test_running_in_parallel_touches_every_element_once(count: int, threads: int) -> None:
     touched = np.zeros(count, np.int64)
 
-    def loop(table: Table, target: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def loop(table: Ranges, target: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         for start, size, _ in table.tolist():
             target[start : start + size] += 1
 

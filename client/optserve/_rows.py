@@ -121,16 +121,8 @@ def check_count(rows: Iterable[Indices]) -> None:
 
 
 def split(gradients: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Indices]]:
-    """Gradients with the values of those that are row-sparse in their place, and the rows of these; none where no rows are.
-
-    Raises InvalidTensor.
-    """
-    present = {
-        name: each
-        for name, each in as_mapping(gradients).items()
-        if not (isinstance(each, RowSparse) and not len(each.rows))
-    }
-    rows = {name: each.rows for name, each in present.items() if isinstance(each, RowSparse)}
+    """Gradients with the values of those that are row-sparse in their place, and the rows of these; raises InvalidTensor."""
+    rows = {name: each.rows for name, each in as_mapping(gradients).items() if isinstance(each, RowSparse)}
     check_count(rows.values())
-    values = {name: each.values if isinstance(each, RowSparse) else each for name, each in present.items()}
+    values = {name: each.values if isinstance(each, RowSparse) else each for name, each in gradients.items()}
     return values, rows

@@ -50,7 +50,7 @@ from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None, bytes]]
+Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None, bytes | None]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class OutgoingPush:
                 for name, array in self.gradients.items()
             ),
             *(
-                (TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None, b"")
+                (TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None, None)
                 for name, array in self.parameters.items()
             ),
         ]
 
-    def _encoded_rows(self, name: str) -> bytes:
-        return encode_rows(self.rows[name]) if name in self.rows else b""
+    def _encoded_rows(self, name: str) -> bytes | None:
+        return encode_rows(self.rows[name]) if name in self.rows else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -110,6 +110,11 @@ class State:
             if tensor in group.tensors:
                 return group.optimizer
         raise InvalidState(f"expected a tensor of a group of this state; got {tensor!r}")
+
+    def evaluated(self) -> Self:
+        """The same with the values that schedules have at the next update in their place."""
+        groups = (replace(group, optimizer=group.optimizer.at(self.version)) for group in self.groups)
+        return replace(self, groups=tuple(groups))
 
     def creation_groups(self) -> tuple[Group, ...]:
         """The groups as a set is created with: those beside `default`, with what is different there."""

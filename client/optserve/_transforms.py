@@ -18,18 +18,22 @@ from typing import Any
 from optserve._errors import InvalidTransform
 
 MOST_PUSHES = 1 << 20  # that make one update
+MOST_UPDATES = (1 << 31) - 1
 
 
-def _check(what: str, value: Any, *, above: float = 0.0, below: float = math.inf) -> None:
-    """Raises InvalidTransform unless a value is a number between bounds, which it may not reach."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not above < float(value) < below:
-        bounds = f"above {above:g}" + (f" and below {below:g}" if below < math.inf else "")
-        raise InvalidTransform(f"expected {what} to be a number {bounds}; got {value!r}")
+def _check(what: str, value: Any, *, below: float = math.inf, most: float = math.inf) -> None:
+    """Raises InvalidTransform unless a value is a finite number above 0, and below one bound or at most another."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and 0 < float(value) < below and float(value) <= most):
+        bounds = "".join(
+            f" and {word} {bound:g}" for word, bound in (("below", below), ("at most", most)) if bound < math.inf
+        )
+        raise InvalidTransform(f"expected {what} to be a finite number above 0{bounds}; got {value!r}")
 
 
-def _check_count(what: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_PUSHES:
-        raise InvalidTransform(f"expected {what} to be a whole number from {least} to {MOST_PUSHES}; got {value!r}")
+def _check_count(what: str, value: Any, most: int = MOST_UPDATES) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InvalidTransform(f"expected {what} to be a whole number from 1 to {most}; got {value!r}")
 
 
 def _check_convention(value: Any) -> None:
@@ -162,7 +166,7 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         _check_count("every", self.every)
-        _check("alpha", self.alpha, below=1.0 + 1e-12)
+        _check("alpha", self.alpha, most=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ class Transforms:
     average: Average | None = None
 
     def __post_init__(self) -> None:
-        _check_count("accumulate", self.accumulate)
+        _check_count("accumulate", self.accumulate, MOST_PUSHES)
         for name, value, kinds in (
             ("nonfinite", self.nonfinite, NonFinite),
             ("clip", self.clip, Clip | None),

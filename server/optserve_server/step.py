@@ -141,8 +141,9 @@ class StepStream:
                 _rows(parameter_set, pull)
             except InvalidArgument as error:
                 push.refuse(error)
-        pinned = pull is not None and decode_smaller_dtype(pull.dtype) is None and not (pull.evaluation or pull.rows)
-        receipt, snapshot = parameter_set.push(session, self, push, pull=pinned, held=self._held)
+        together = pull is not None and not (pull.evaluation or pull.rows)
+        dtype = decode_smaller_dtype(pull.dtype) if pull is not None else None
+        receipt, snapshot = parameter_set.push(session, self, push, pull=together, dtype=dtype, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
         if pull is None or receipt.refused:
             yield Frame(StepResponse(receipt=encode_receipt(receipt)))
@@ -201,8 +202,7 @@ class StepStream:
         dtype, rows = decode_smaller_dtype(pull.dtype), _rows(parameter_set, pull)
         if rows:
             whole = [parameter_set.indices[name] for name in pull.tensors]
-            nbytes = parameter_set.rows_nbytes(rows, dtype) + (parameter_set.snapshot_nbytes(dtype) if whole else 0)
-            self._enter(reading, nbytes)
+            self._enter(reading, parameter_set.rows_nbytes(whole, rows, dtype))
             return parameter_set.rows(whole, rows, dtype, evaluation=pull.evaluation)
         snapshot = parameter_set.snapshot() if dtype is None and not pull.evaluation else None
         if snapshot is not None:
@@ -255,5 +255,5 @@ def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
         decode_tensor(message.spec),
         message.role == step_pb2.ROLE_PARAMETER,
         decode_format(message.encoding, message.fraction),
-        decode_rows(message.rows) if message.rows else None,
+        decode_rows(message.rows) if message.HasField("rows") else None,
     )

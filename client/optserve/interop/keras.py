@@ -32,6 +32,7 @@ def values(state: State, variables: Iterable[Any]) -> list[Array]:
 
     Raises InvalidState.
     """
+    state = state.evaluated()
     names = names_for(state.optimizer, KERAS, "Keras")
     slots = {**names.slots, **AVERAGES}
     check_place(state, slots, "Keras")

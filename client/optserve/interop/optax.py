@@ -26,6 +26,7 @@ HYPERPARAMETERS, LEARNING_RATE = "hyperparams", "learning_rate"
 
 def opt_state(state: State, template: Any) -> Any:
     """The template, `optimizer.init(params)` of the optax optimizer, with the values of a state; raises InvalidState."""
+    state = state.evaluated()
     names = names_for(state.optimizer, OPTAX, "optax")
     check_place(state, names.slots, "optax")
     slots = {names.slots[slot]: _signed(slot, arrays, names) for slot, arrays in state.slots.items()}

@@ -26,6 +26,7 @@ def state_dict(state: State, *groups: Iterable[str]) -> dict[str, Any]:
     Without any, they are the state's own. The tensors of one must have one optimizer. The parameters are not in it: they are
     `state.parameters`. torch iterates Muon's steps in bfloat16. Raises InvalidState.
     """
+    state = state.evaluated()
     listed = [list(names) for names in groups] or [list(group.tensors) for group in state.groups if group.tensors]
     ordered = [name for names in listed for name in names]
     if sorted(ordered) != sorted(state.steps):

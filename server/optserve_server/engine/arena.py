@@ -2,7 +2,7 @@
 
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,24 @@ def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def copy(arena: Arena) -> Arena:
-    """The same values in new memory."""
-    return {compute: array.copy() for compute, array in arena.items()}
+def copy(arena: Arena, places: Iterable[Place] | None = None) -> Arena:
+    """The same values in new memory; those at some places only, and zeros elsewhere, which take no room."""
+    if places is None:
+        return {compute: array.copy() for compute, array in arena.items()}
+    copied = {compute: aligned(array.nbytes).view(array.dtype) for compute, array in arena.items()}
+    assign(copied, arena, places)
+    return copied
 
 
-def assign(target: Arena, source: Arena) -> None:
-    """Let an arena have the values of another."""
-    for compute, array in target.items():
-        np.copyto(array, source[compute])
+def assign(target: Arena, source: Arena, places: Iterable[Place] | None = None) -> None:
+    """Let an arena have the values of another, all or those at some places."""
+    if places is None:
+        for compute, array in target.items():
+            np.copyto(array, source[compute])
+    else:
+        for place in places:
+            elements = slice(place.start, place.start + place.size)
+            target[place.compute][elements] = source[place.compute][elements]
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:

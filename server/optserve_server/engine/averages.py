@@ -10,8 +10,8 @@ from optserve._state import AVERAGE, LOOKAHEAD
 from optserve._transforms import EMA, Average, Lookahead, Transforms
 from optserve_server.engine.arena import ComputeType, Layout
 from optserve_server.engine.loops import BLEND_COLUMNS, blend_loop
-from optserve_server.engine.threads import Table, Threads
-from optserve_server.engine.update import Arenas
+from optserve_server.engine.threads import Ranges, Threads
+from optserve_server.engine.work import Arenas
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Blend:
 
     slot: str
     compute: ComputeType
-    table: Table
+    table: Ranges
     scalars: NDArray[np.floating]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:

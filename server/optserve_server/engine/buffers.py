@@ -81,6 +81,11 @@ class Buffers:
             self.current.pins += 1
             return self.current
 
+    def pin_again(self, buffer: Buffer) -> None:
+        """Take `unpin` back, before anything was written."""
+        with self._lock:
+            buffer.pins += 1
+
     def unpin(self, buffer: Buffer) -> None:
         """Let go of a version."""
         with self._lock:

@@ -14,7 +14,8 @@ from optserve_server.engine.mean import SKIP
 from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas, Factors
+from optserve_server.engine.update import Factors
+from optserve_server.engine.work import Arenas
 
 TORCH_EPS = 1e-6  # that torch adds to a norm before it divides by it
 LEAST_NORM = 1e-6  # of a unit's gradient, in adaptive clipping

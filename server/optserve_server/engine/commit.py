@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from optserve._dtypes import DType
 from optserve._errors import OptserveError
 from optserve._results import Receipt
 from optserve_server.engine.push import Push
@@ -13,7 +14,7 @@ from optserve_server.engine.snapshot import Snapshot
 class Commit:
     """A finished push that waits to be applied, and in the end what became of it.
 
-    `held` is what its worker has read until now; with `pull`, it gets a snapshot.
+    `held` is what its worker has read until now; with `pull`, it gets a snapshot, in elements no wider than `dtype`.
     """
 
     session: Session
@@ -21,6 +22,7 @@ class Commit:
     push: Push
     pull: bool
     held: Snapshot | None
+    dtype: DType | None = None
     receipt: Receipt | None = None
     snapshot: Snapshot | None = None
     error: Exception | None = None

@@ -11,8 +11,8 @@ from optserve._specification import TensorSpec
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.loops import MEAN_COLUMNS, mean_loop
 from optserve_server.engine.staging import Piece, StagedTensor
-from optserve_server.engine.threads import Table, Threads
-from optserve_server.engine.update import COMPUTED, Arenas
+from optserve_server.engine.threads import Ranges, Threads
+from optserve_server.engine.work import COMPUTED, Arenas, check_computable
 
 SKIP = 3  # column of a mean's table, which advances with the elements
 
@@ -24,7 +24,7 @@ class Part:
     """What gradients of one dtype contribute, in an order that depends on nothing but their pushes and dtypes."""
 
     dtype: DType
-    table: Table
+    table: Ranges
     weights: NDArray[np.floating]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
@@ -45,7 +45,7 @@ class Mean:
     ) -> tuple[Gradients, list[Part]]:
         """The weighted sum of gradients of the same tensors, by the tensor's index in the set, and the work of making it.
 
-        If it was `begun` before, they are added to what is there.
+        If it was `begun` before, they are added to what is there. Raises InvalidHyperparameter for weights that overflow.
         """
         tables: dict[DType, list[list[int]]] = {}
         for index in gradients[0]:
@@ -60,6 +60,7 @@ class Mean:
         parts = []
         for dtype in sorted(tables, key=lambda dtype: dtype.name):
             rows = np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
+            check_computable(weights, dtype.compute)
             parts.append(Part(dtype, rows, np.array(weights, dtype.compute)))
         return {index: self._at(index) for index in gradients[0]}, parts
 

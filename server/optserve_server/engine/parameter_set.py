@@ -3,8 +3,8 @@
 import datetime
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ from optserve_server.engine import slot_formats, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
+from optserve_server.engine.draft import Draft
 from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
 from optserve_server.engine.loops import decode_loop, encode_loop
 from optserve_server.engine.outlines import Start
-from optserve_server.engine.pipeline import Pipeline, Progress
+from optserve_server.engine.pipeline import Pipeline
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds, merged_changes
 from optserve_server.engine.sessions import Session, Sessions
@@ -38,45 +39,10 @@ from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas, Update
 from optserve_server.engine.views import Rows, Views
+from optserve_server.engine.work import Arenas
 
 CHANGES_KEPT = 1000
-
-
-@dataclass(slots=True)
-class Draft:
-    """What a set will be once the updates that are planned so far have run."""
-
-    groups: tuple[TensorGroup, ...]
-    position: Position
-    progress: Progress
-    updates: list[Update] = field(default_factory=list)
-    updated: set[int] = field(default_factory=set)
-    changes: list[Change] = field(default_factory=list)
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last update, by group
-
-    def advance(self, groups: tuple[TensorGroup, ...], evaluated: tuple[TensorGroup, ...], planned: Update) -> None:
-        """Add an update, by groups whose schedules are evaluated."""
-        self.changes += differences(self.groups, groups, self.position.version)
-        self.learning_rates = {group.name: group.optimizer.lr for group in evaluated}
-        self.groups = groups
-        self.position = self.position.next()
-        self.updates.append(planned)
-        self.progress.accumulated = self.progress.skipped = 0
-        for index, memory in planned.memories.items():
-            self.progress.steps[index] += 1
-            self.progress.memory[index] = memory
-            self.updated.add(index)
-
-    def accumulate(self, groups: tuple[TensorGroup, ...], planned: Update, tensors: Iterable[int]) -> None:
-        """Add pushes to those that will make an update together."""
-        self.changes += differences(self.groups, groups, self.position.version)
-        self.groups = groups
-        self.updates.append(planned)
-        self.progress.accumulated += 1
-        self.progress.accumulating = tuple(tensors)
-        self.progress.skipped = 0
 
 
 class ParameterSet:
@@ -107,6 +73,7 @@ class ParameterSet:
         self._slots = self._pipeline.allocate()
         self._progress = self._pipeline.begin()
         self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
+        self.state_bytes = sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
         for dtype in {tensor.dtype for tensor in spec.tensors}:
             read = dtype, dtype if spec.holds is Holds.MOMENTS else None
             self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
@@ -227,31 +194,44 @@ class ParameterSet:
             changes=changes,
             loss_scale=loss_scale,
         )
+        with self._lock:
+            self._check_alive()
+            arenas = self._memory(self._buffers.current)
         # What gradients travel as is not known before. Nor should others wait for a compiler.
-        self._pipeline.compile(push, self._first_groups[0], self._memory(self._buffers.current))
+        self._pipeline.compile(push, self._first_groups[0], arenas)
         return push
 
     def push(
-        self, session: Session, stream: object, push: Push, *, pull: bool, held: Snapshot | None = None
+        self,
+        session: Session,
+        stream: object,
+        push: Push,
+        *,
+        pull: bool,
+        dtype: DType | None = None,
+        held: Snapshot | None = None,
     ) -> tuple[Receipt, Snapshot | None]:
         """Apply a finished push, or refuse it; either consumes its sequence and is its receipt for ever.
 
-        With `pull`, also the tensors after it, pinned, if they can be (of a push that came again, or made no update: None, but
-        no tensors in a set that holds moments only). If it is applied, `held`, which the worker has read until now, is
-        released before. Pushes that wait here at the same time are applied in one pass, in the order in which they came; those
-        of a synchronous round wait for each other. Raises SequenceGap, SequenceReused, SessionSuperseded, ServerBusy
-        (RoundIncomplete is one), ServerDraining or ParameterSetNotFound, which consume nothing.
+        With `pull`, also the tensors after it, pinned, if they can be (of a push that came again, or made no update, or if
+        another dtype is wanted: None; but in a set that holds moments only a copy in that dtype, or no tensors). If it is
+        applied, `held`, which the worker has read until now, is released before. Pushes that wait here at the same time are
+        applied in one pass, in the order in which they came; those of a synchronous round wait for each other. Raises
+        SequenceGap, SequenceReused, SessionSuperseded, ServerBusy (RoundIncomplete is one), ServerDraining or
+        ParameterSetNotFound, which consume nothing.
         """
-        commit = Commit(session, stream, push, pull, held)
+        commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
         with self._lock:
             while not commit.done:
-                if self._commits:
-                    self._apply(self._next_commits())
-                else:
-                    self._decided.wait(self._rounds.remaining)
-                    self._rounds.expire()
-                self._decided.notify_all()
+                try:
+                    if self._commits:
+                        self._apply(self._next_commits())
+                    else:
+                        self._decided.wait(self._rounds.remaining)
+                        self._rounds.expire()
+                finally:
+                    self._decided.notify_all()
         if commit.error is not None:
             try:
                 raise commit.error
@@ -294,9 +274,9 @@ class ParameterSet:
         """Size of a copy."""
         return self._views.nbytes(dtype)
 
-    def rows_nbytes(self, rows: Rows, dtype: DType | None) -> int:
-        """Size of a copy of some rows."""
-        return self._views.rows_nbytes(rows, dtype)
+    def rows_nbytes(self, whole: Sequence[int], rows: Rows, dtype: DType | None) -> int:
+        """Size of a copy of some rows, and of some tensors whole."""
+        return self._views.rows_nbytes(whole, rows, dtype)
 
     def capture(self) -> State:
         """A copy of all that the set is; updates wait until it is taken."""
@@ -308,7 +288,7 @@ class ParameterSet:
                 create_time=self.create_time,
                 optimizers={group.name: group.optimizer for group in self._groups},
                 changes=list(self._changes),
-                arenas={name: copy(arena) for name, arena in self._arenas().items()},
+                arenas={name: copy(arena, self._pipeline.used(name)) for name, arena in self._arenas().items()},
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
@@ -316,16 +296,16 @@ class ParameterSet:
 
     def restore(self, state: State) -> None:
         """Become what was captured, in this set's own incarnation, before it is published."""
+        for index, keys in state.keys.items():
+            self._pipeline.tables[index].add(np.array(keys, np.int64))
         for name, arena in self._arenas().items():
-            assign(arena, state.arenas[name])
+            assign(arena, state.arenas[name], self._pipeline.used(name))
         self.create_time = state.create_time
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
         self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions)
-        for index, keys in state.keys.items():
-            self._pipeline.tables[index].add(np.array(keys, np.int64))
         self.made_durable(state.position.version)
 
     def made_durable(self, version: int) -> None:
@@ -349,6 +329,7 @@ class ParameterSet:
             self._decided.notify_all()
             self._views.forget()
             self._buffers.clear()
+            self._pipeline.clear()
             for arena in self._slots.values():
                 arena.clear()
 
@@ -360,11 +341,6 @@ class ParameterSet:
             evaluated = optimizer
         tensors = tuple(self.spec.tensors[index].name for index in group.members)
         return GroupDescription(group.name, tensors, evaluated, optimizer.schedules)
-
-    @property
-    def state_bytes(self) -> int:
-        """Memory of parameters and optimizer state."""
-        return sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
 
     @property
     def _element_count(self) -> int:
@@ -430,15 +406,18 @@ class ParameterSet:
             commit.receipt = receipt
         for commit in {*commits, *(commit for commit, _ in decided)}:
             if commit.pull and commit.receipt is not None:
-                commit.snapshot = self._after(commit.receipt)
+                try:
+                    commit.snapshot = self._after(commit.receipt, commit.dtype)
+                except Exception as error:  # what was applied stays applied
+                    commit.fail(error)
 
-    def _after(self, receipt: Receipt) -> Snapshot | None:
+    def _after(self, receipt: Receipt, dtype: DType | None) -> Snapshot | None:
         """What is pulled with a push."""
         moments_only = self.spec.holds is Holds.MOMENTS
-        if receipt.applied:
-            pinned = self._views.pin(self._position)
-            return self._views.copy(self._position, None) if pinned is None and moments_only else pinned
-        return Snapshot(self._position, (), (), ()) if moments_only else None
+        if not receipt.applied:
+            return Snapshot(self._position, (), (), ()) if moments_only else None
+        pinned = self._views.pin(self._position) if dtype is None else None
+        return self._views.copy(self._position, dtype) if pinned is None and moments_only else pinned
 
     def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
         """Receipts of pushes that come together after those in the draft; if they are applied, the draft goes on with them."""
@@ -490,12 +469,17 @@ class ParameterSet:
 
     def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
         """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
-        for each in held:
-            self.release(each)
+        buffers = [each.buffer for each in held if each.buffer is not None]
+        for buffer in buffers:
+            self._buffers.unpin(buffer)
         try:
             after = self._buffers.writable() if draft.updated else self._buffers.current
         except (MemoryError, OSError):
+            for buffer in buffers:
+                self._buffers.pin_again(buffer)
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
+        for each in held:
+            each.buffer = None
         self._broken = True
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:

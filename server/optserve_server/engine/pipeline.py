@@ -14,8 +14,9 @@ from optserve._policies import Sync
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive
+from optserve.optim import Group
 from optserve_server.engine import averages, clipping, rows, slot_formats
-from optserve_server.engine.arena import Arena, Layout
+from optserve_server.engine.arena import Arena, Layout, Place
 from optserve_server.engine.clipping import Clipping
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import guard_loop
@@ -26,8 +27,9 @@ from optserve_server.engine.rules import Memory, TensorRule, preparation, rule_f
 from optserve_server.engine.slot_formats import EncodedLayout
 from optserve_server.engine.tables import NewRows, Table
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import COMPUTED, Arenas, Factors, Planner, Read, Update, Work
+from optserve_server.engine.update import Factors, Planner, Read
 from optserve_server.engine.whole import WholePlanner
+from optserve_server.engine.work import COMPUTED, Arenas, Update, Work
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class Pipeline:
         initial = tuple(self.rule.memory.values())
         if isinstance(self.rule, TensorRule):
             names = [group.name for group in self._spec.groups]
-            memories = {name: np.array(initial) for name in ("default", *names)}
+            memories = {name: np.array(initial) for name in (Group.DEFAULT, *names)}
             return Progress(np.zeros(len(self._spec.tensors), np.int64), [()] * len(self._spec.tensors), memories)
         return Progress(np.zeros(len(self._spec.tensors), np.int64), [initial] * len(self._spec.tensors))
 
@@ -102,6 +104,21 @@ class Pipeline:
                 if value and index not in self.tables:  # whose rows come later
                     slots[name][place.compute][place.start : place.start + place.size] = value
         return slots
+
+    def used(self, name: str) -> list[Place] | None:
+        """What of an arena is in use, in a set with tables, whose rows are not all there; None: all of it."""
+        if not self.tables:
+            return None
+        places = list(self.slots.get(name, self._layout).places)
+        for index, table in self.tables.items():
+            place = places[index]
+            places[index] = replace(place, size=place.size // table.tensor.shape[0] * len(table.keys))
+        return places
+
+    def clear(self) -> None:
+        """Let go of memory."""
+        if self.mean is not None:
+            self.mean.arena.clear()
 
     @property
     def copies(self) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
 """Row-sparse gradients: what was pushed for some rows of a tensor, each row once and in ascending order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import DType
-from optserve._errors import InvalidTransform, TensorMismatch
+from optserve._errors import InvalidTransform, NonFiniteValue, TensorMismatch
 from optserve._rows import Indices
 from optserve._specification import ParameterSetSpec, StateFormat, TensorSpec
 from optserve._transforms import ClipAdaptive
@@ -16,7 +16,7 @@ from optserve_server.engine.arena import Layout
 from optserve_server.engine.loops import decode_loop
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas
+from optserve_server.engine.work import Arenas, check_computable
 
 
 @dataclass(slots=True)
@@ -37,26 +37,27 @@ class SparseGradient:
         return int(self.values.shape[1])
 
 
-Sparse = Mapping[int, SparseGradient]
-
-
 def gathered(rows: Indices, staged: StagedTensor) -> SparseGradient:
     """The gradient that a push staged for rows; those that came more than once are added up, in the order of the push."""
     dtype = staged.spec.dtype
     values = np.empty(staged.spec.size, dtype.compute)
     table = [[piece.offset, piece.size, piece.address + piece.skip * dtype.itemsize] for piece in staged.pieces]
     decode_loop(dtype)(np.array(table, np.int64).reshape(-1, 3), values)
-    return combined([rows], [values.reshape(len(rows), -1)])
+    return combined([rows], [values.reshape(len(rows), math.prod(staged.spec.shape[1:]))])
 
 
 def merged(gradients: Sequence[SparseGradient], weights: Sequence[float]) -> SparseGradient:
-    """The weighted sum of several; rows that are not in one are zero there."""
+    """The weighted sum of several; rows that are not in one are zero there.
+
+    Raises InvalidHyperparameter for weights that overflow, NonFiniteValue for sums that do.
+    """
+    check_computable(weights, gradients[0].values.dtype)
     scaled = [each.values * each.values.dtype.type(weight) for each, weight in zip(gradients, weights, strict=True)]
     return combined([each.rows for each in gradients], scaled)
 
 
 def combined(rows: Sequence[Indices], values: Sequence[NDArray[np.floating]]) -> SparseGradient:
-    """All of these rows, each once."""
+    """All of these rows, each once; raises NonFiniteValue if a sum overflows."""
     every_row = np.concatenate(rows)
     every_value = np.concatenate(values) if len(values) > 1 else values[0]
     if np.all(every_row[1:] > every_row[:-1]):
@@ -64,7 +65,11 @@ def combined(rows: Sequence[Indices], values: Sequence[NDArray[np.floating]]) ->
     order = np.argsort(every_row, kind="stable")
     ordered = every_row[order]
     first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    return SparseGradient(ordered[first], np.add.reduceat(every_value[order], first, axis=0))
+    with np.errstate(over="ignore"):
+        sums = np.add.reduceat(every_value[order], first, axis=0)
+    if not np.isfinite(sums).all() and np.isfinite(every_value).all():
+        raise NonFiniteValue("expected rows that come more than once to have a finite sum; some overflow")
+    return SparseGradient(ordered[first], sums)
 
 
 def compile(dtype: DType) -> None:

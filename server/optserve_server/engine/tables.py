@@ -11,7 +11,7 @@ from optserve._rows import Constant, Indices, Initial, Normal
 from optserve._specification import TensorSpec
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas
+from optserve_server.engine.work import Arenas
 
 _GOLDEN, _FIRST, _SECOND = (np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Table = NDArray[np.int64]
+Ranges = NDArray[np.int64]
 
 COUNT = 1  # column of a table that holds the number of elements
 CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
@@ -28,7 +28,7 @@ class Threads:
     def run(
         self,
         loop: Callable[..., Any],
-        table: Table,
+        table: Ranges,
         addresses: dict[int, int],
         *arguments: Any,
         grain: int = CACHE_LINE,
@@ -45,7 +45,7 @@ class Threads:
             self._share(loop, split(table, addresses, self.count * SHARES, grain), arguments)
 
     def run_in_order(
-        self, loop: Callable[..., Any], table: Table, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
+        self, loop: Callable[..., Any], table: Ranges, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
     ) -> None:
         """As `run`, for a table whose rows may name an element several times: its rows then act on it in their order."""
         if self._pool is None or _size(table) < inline:
@@ -53,7 +53,7 @@ class Threads:
         else:
             self._share(loop, split_in_order(table, addresses, self.count * SHARES), arguments)
 
-    def _share(self, loop: Callable[..., Any], parts: Sequence[Table], arguments: tuple[Any, ...]) -> None:
+    def _share(self, loop: Callable[..., Any], parts: Sequence[Ranges], arguments: tuple[Any, ...]) -> None:
         """Every thread takes the next part until none is left, so that one that starts late holds nobody up."""
         assert self._pool is not None
         left = iter(parts)
@@ -66,8 +66,10 @@ class Threads:
         try:
             take()
         finally:
-            for future in futures:
-                future.result()
+            running = [future for future in futures if not future.cancel()]
+            wait(running)
+        for future in running:
+            future.result()
 
     def close(self) -> None:
         """Wait for the running loops and end the threads."""
@@ -75,11 +77,11 @@ class Threads:
             self._pool.shutdown()
 
 
-def _size(table: Table) -> int:
+def _size(table: Ranges) -> int:
     return int(table[0, COUNT]) if len(table) == 1 else int(table[:, COUNT].sum())
 
 
-def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACHE_LINE) -> list[Table]:
+def split(table: Ranges, addresses: dict[int, int], parts: int, grain: int = CACHE_LINE) -> list[Ranges]:
     """Cut a table's rows into at most about `parts` tables of equally many elements; see `Threads.run`."""
     share = -(-_size(table) // (parts * grain)) * grain
     if len(table) > MANY_ROWS and int(table[:, COUNT].max()) <= share:  # such as the rows of an embedding
@@ -101,7 +103,7 @@ def split(table: Table, addresses: dict[int, int], parts: int, grain: int = CACH
     return [np.array(rows, np.int64) for rows in pieces if rows]
 
 
-def split_in_order(table: Table, addresses: dict[int, int], parts: int) -> list[Table]:
+def split_in_order(table: Ranges, addresses: dict[int, int], parts: int) -> list[Ranges]:
     """Cut a table at every STRIP elements of the arena, and gather the rows of each strip, in order, in one part."""
     starts, ends = table[:, 0], table[:, 0] + table[:, COUNT]
     first_strips = starts // STRIP

@@ -1,77 +1,49 @@
 """Updates: the work that advances the pushed tensors, planned before anything changes and run in one pass."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._dtypes import FLOAT32, FLOAT64, DType
+from optserve._dtypes import DType
 from optserve._errors import InvalidHyperparameter
-from optserve_server.engine.arena import Arena, ComputeType, Layout
+from optserve_server.engine.arena import ComputeType, Layout
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import UPDATE_COLUMNS, Loop, update_loop
+from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.rules import Memory, Preparation, Rule, preparation
 from optserve_server.engine.slot_formats import GRAIN, SlotFormat
 from optserve_server.engine.staging import Piece, StagedTensor
-from optserve_server.engine.threads import Table, Threads
+from optserve_server.engine.threads import Ranges, Threads
+from optserve_server.engine.work import COMPUTED, Arenas, Update, Work, check_computable
 
 ROW_OF_SCALARS = 2  # column of an update's table
 SKIPS = {4: 1, 6: 1}  # columns that advance with the elements
 START_FROM_BEFORE = 7
 
-_LARGEST = {dtype.compute: float(np.finfo(dtype.compute).max) for dtype in (FLOAT32, FLOAT64)}
-
 # Dtypes that a loop reads: of gradients, and of the caller's parameters in sets of moments.
 Read = tuple[DType, DType | None]
 
-COMPUTED = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
-
 Factors = Mapping[int, float]  # what gradients are multiplied by, by the tensor's index
-
-
-class RowGradient(Protocol):
-    """A gradient for some rows; see `rows.SparseGradient`."""
-
-    @property
-    def rows(self) -> NDArray[np.int64]: ...
-    @property
-    def values(self) -> NDArray[np.floating]: ...
-
-
-Sparse = Mapping[int, RowGradient]
-NO_ROWS: Sparse = {}
-
-
-class Arenas(NamedTuple):
-    """The memory that work acts on: parameters of the version before and of the one after, slots, and a gathered gradient."""
-
-    before: Arena
-    after: Arena
-    slots: Mapping[str, Arena]
-    gradient: Arena
-
-
-class Work(Protocol):
-    """A part of an update."""
-
-    def run(self, arenas: Arenas, threads: Threads) -> None:
-        """Do it."""
-
 
 Scalars = tuple[Preparation, Any]  # of an update: what happens before every rule, and the rule's own NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class LoopWork:
-    """One loop over one table of ranges, on gradients of one dtype (and parameters of one), into arenas of one."""
+    """One loop over one table of ranges, on gradients of one dtype (and parameters of one), into arenas of one.
+
+    `keeps` are gradients that the table has addresses of, and that nothing else may hold on to.
+    """
 
     loop: Loop
     compute: ComputeType
     slots: Sequence[str]
-    table: Table
+    table: Ranges
     scalars: NDArray[np.floating]
+    keeps: Sequence[SparseGradient] = ()
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
         threads.run(self.loop, self.table, SKIPS, self.scalars, *self.arrays(arenas), grain=GRAIN)
@@ -82,12 +54,18 @@ class LoopWork:
         return (arena[self.compute] for arena in chosen)
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """All the work of an update, in order, and the memory that each updated tensor has after it."""
+@dataclass(slots=True)
+class Reads:
+    """What a loop will have to read: ranges of whole gradients, and gradients of some rows with their ranges."""
 
-    work: Sequence[Work]
-    memories: Mapping[int, Memory]
+    ranges: list[list[int]] = field(default_factory=list)
+    rows: list[Ranges] = field(default_factory=list)
+    sparse: list[SparseGradient] = field(default_factory=list)
+
+    @property
+    def table(self) -> Ranges:
+        """All ranges."""
+        return np.concatenate([np.array(self.ranges, np.int64).reshape(-1, UPDATE_COLUMNS), *self.rows])
 
 
 class Planner:
@@ -120,43 +98,48 @@ class Planner:
         steps: NDArray[np.int64],
         memory: Sequence[Memory],
         factors: Factors,
-        updated: Collection[int] = (),
-        sparse: Sparse = NO_ROWS,
+        updated: Collection[int],
+        sparse: Mapping[int, SparseGradient],
     ) -> Update:
         """The update that these gradients make, each times its factor, by the tensor's index in the set; changes nothing.
 
-        Of tensors that are `sparse`, only some rows change.
-
-        Tensors that are not among those `updated` before in the same run start from the version before. Raises
-        InvalidHyperparameter for values that overflow the type that the update is computed in.
+        Of tensors that are `sparse`, only some rows change. Tensors that are not among those `updated` before in the same run
+        start from the version before. Raises InvalidHyperparameter for values that overflow the type that the update is
+        computed in.
         """
         rows: dict[tuple[int, int, Memory, float], int] = {}
         scalars: list[Scalars] = []
         memories: dict[int, Memory] = {}
-        ranges: dict[Read, list[list[int]]] = {}
-        blocks: dict[Read, list[Table]] = {}
+        reads: dict[Read, Reads] = {}
         for number, group in enumerate(groups):
             for index in group.members:
                 if index not in gradients and index not in sparse:
                     continue
                 t = int(steps[index]) + 1
-                memories[index] = self._rule.remember(group.optimizer, t, memory[index])
+                memories[index], own = self._scalars(group, t, memory[index])
                 row = rows.setdefault((number, t, memories[index], factors[index]), len(rows))
                 if row == len(scalars):
-                    own = self._rule.scalars(group.optimizer, t, memories[index])
                     scalars.append((preparation(group.optimizer, factors[index], self._bound), own))
-                start, carry = self._layout.places[index].start, int(index not in updated)
+                place, carry = self._layout.places[index], int(index not in updated)
                 if index in sparse:
-                    read = COMPUTED[self._layout.places[index].compute], None
-                    ranges.setdefault(read, [])
-                    blocks.setdefault(read, []).append(_rows(start, row, sparse[index].rows, sparse[index].values, t))
+                    part = reads.setdefault((COMPUTED[place.compute], None), Reads())
+                    part.rows.append(_rows(place.start, row, sparse[index], t))
+                    part.sparse.append(sparse[index])
                     continue
                 gradient, parameter = gradients[index], parameters.get(index)
-                table = ranges.setdefault(self.read(gradient, parameter), [])
-                table += _ranges(start, row, gradient, parameter or gradient, carry, t)
-        return Update(
-            [self._work(read, table, scalars, blocks.get(read, ())) for read, table in ranges.items()], memories
-        )
+                part = reads.setdefault(self.read(gradient, parameter), Reads())
+                part.ranges += _ranges(place.start, row, gradient, parameter or gradient, carry, t)
+        return Update([self._work(read, part, scalars) for read, part in reads.items()], memories)
+
+    def _scalars(self, group: TensorGroup, t: int, memory: Memory) -> tuple[Memory, Any]:
+        """What a tensor remembers at its update t, and the rule's scalars; raises InvalidHyperparameter if there are none."""
+        try:
+            remembered = self._rule.remember(group.optimizer, t, memory)
+            return remembered, self._rule.scalars(group.optimizer, t, remembered)
+        except ArithmeticError as error:
+            raise InvalidHyperparameter(
+                f"expected hyperparameters that update {t} can be computed with; got {group.optimizer} ({error})"
+            ) from None
 
     def read(self, gradient: StagedTensor, parameter: StagedTensor | None) -> Read:
         """What the loop reads that updates a tensor."""
@@ -164,30 +147,17 @@ class Planner:
 
     def compile(self, read: Read, group: TensorGroup, arenas: Arenas, threads: Threads) -> None:
         """Compile the loop that reads these dtypes now rather than at the first push, by running it on nothing."""
-        memory = self._rule.remember(group.optimizer, 1, tuple(self._rule.memory.values()))
-        own = self._rule.scalars(group.optimizer, 1, memory)
-        self._work(read, [], [(preparation(group.optimizer, 1.0, self._bound), own)]).run(arenas, threads)
+        _, own = self._scalars(group, 1, tuple(self._rule.memory.values()))
+        self._work(read, Reads(), [(preparation(group.optimizer, 1.0, self._bound), own)]).run(arenas, threads)
 
-    def _work(
-        self, read: Read, ranges: list[list[int]], scalars: list[Scalars], blocks: Sequence[Table] = ()
-    ) -> LoopWork:
+    def _work(self, read: Read, part: Reads, scalars: list[Scalars]) -> LoopWork:
         compute = read[0].compute
         rows = [(*prepared, *own) for prepared, own in scalars]
         for row in rows:
             check_computable(row, compute)
-        table = np.concatenate([np.array(ranges, np.int64).reshape(-1, UPDATE_COLUMNS), *blocks])
         kind: Any = type(scalars[0][1])
         loop = update_loop(self._rule, kind, *read, clips=self._bound > 0, formats=self._formats)
-        return LoopWork(loop, compute, self._rule.slots, table, np.array(rows, compute))
-
-
-def check_computable(values: Iterable[float], compute: ComputeType) -> None:
-    """Raises InvalidHyperparameter for values that overflow the type that an update is computed in."""
-    values, largest = tuple(values), _LARGEST[compute]
-    if not all(-largest <= value <= largest for value in values):
-        raise InvalidHyperparameter(
-            f"expected hyperparameters whose update can be computed in {compute.name}; some overflow: {values}"
-        )
+        return LoopWork(loop, compute, self._rule.slots, part.table, np.array(rows, compute), part.sparse)
 
 
 def run(updates: Iterable[Update], arenas: Arenas, threads: Threads) -> None:
@@ -227,7 +197,7 @@ def _passes(updates: Iterable[Update]) -> Iterable[list[Work]]:
     return passes
 
 
-def _joined(works: Sequence[LoopWork]) -> tuple[Table, NDArray[np.floating]]:
+def _joined(works: Sequence[LoopWork]) -> tuple[Ranges, NDArray[np.floating]]:
     tables, rows = [], 0
     for work in works:
         table = work.table.copy()
@@ -251,13 +221,13 @@ def _ranges(
     ]  # fmt: skip
 
 
-def _rows(start: int, row: int, rows: NDArray[np.int64], values: NDArray[np.floating], t: int) -> Table:
+def _rows(start: int, row: int, gradient: SparseGradient, t: int) -> Ranges:
     """Rows of an update's table for some rows of a tensor that starts at an element of the arena, in which they stay."""
-    table = np.zeros((len(rows), UPDATE_COLUMNS), np.int64)
-    width = values.shape[1]
-    table[:, 0], table[:, 1], table[:, ROW_OF_SCALARS] = start + rows * width, width, row
-    table[:, 3] = table[:, 5] = values.ctypes.data
-    table[:, 4] = table[:, 6] = np.arange(len(rows)) * width
+    table = np.zeros((len(gradient.rows), UPDATE_COLUMNS), np.int64)
+    width = gradient.width
+    table[:, 0], table[:, 1], table[:, ROW_OF_SCALARS] = start + gradient.rows * width, width, row
+    table[:, 3] = table[:, 5] = gradient.values.ctypes.data
+    table[:, 4] = table[:, 6] = np.arange(len(gradient.rows)) * width
     table[:, 8] = t
     return table
 

@@ -91,12 +91,16 @@ class Views:
         self, position: Position, whole: Sequence[int], rows: Rows, dtype: DType | None, *, evaluation: bool
     ) -> Snapshot:
         """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
-        copied = self.copy(position, dtype, evaluation=evaluation) if whole else None
-        data = [np.empty(0, np.uint8)] * len(self._spec.tensors) if copied is None else list(copied.data)
+        arena = self._arena(evaluation=evaluation)
         dtypes = [narrowed(tensor.dtype, dtype) for tensor in self._spec.tensors]
-        for index, each in rows.items():
-            data[index] = self._encoded_rows(index, each, self._arena(evaluation=evaluation), dtypes[index])
-        keys = {index: each for index, each in copied.keys.items() if index in whole} if copied is not None else {}
+        data = [np.empty(0, np.uint8)] * len(self._spec.tensors)
+        keys = {index: np.array(self._tables[index].keys, np.int64) for index in whole if index in self._tables}
+        plain = [index for index in whole if index not in keys]
+        for index in plain:
+            data[index] = np.empty(self._spec.tensors[index].size * dtypes[index].itemsize, np.uint8)
+        snapshot.encode(self._spec.tensors, plain, self._layout, arena, data, dtypes, self._threads)
+        for index, each in (keys | dict(rows)).items():
+            data[index] = self._encoded_rows(index, each, arena, dtypes[index])
         return Snapshot(position, (*whole, *rows), dtypes, data, keys=keys)
 
     def check(
@@ -123,10 +127,12 @@ class Views:
         """Size of a copy."""
         return sum(tensor.size * narrowed(tensor.dtype, dtype).itemsize for tensor in self._sized())
 
-    def rows_nbytes(self, rows: Rows, dtype: DType | None) -> int:
-        """Size of a copy of some rows."""
-        itemsizes = {index: narrowed(self._spec.tensors[index].dtype, dtype).itemsize for index in rows}
-        return sum(len(each) * self._width(index) * itemsizes[index] for index, each in rows.items())
+    def rows_nbytes(self, whole: Sequence[int], rows: Rows, dtype: DType | None) -> int:
+        """Size of a copy of some rows, and of some tensors whole."""
+        sizes, tensors = self._sized(), self._spec.tensors
+        elements = {index: len(each) * self._width(index) for index, each in rows.items()}
+        elements |= {index: sizes[index].size for index in whole}
+        return sum(size * narrowed(tensors[index].dtype, dtype).itemsize for index, size in elements.items())
 
     def _arena(self, *, evaluation: bool) -> Arena:
         return self._slots[self._evaluation] if evaluation else self._buffers.current.arena

@@ -15,7 +15,7 @@ from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.rules import Preparation, Tensor, TensorRule, preparation
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
-from optserve_server.engine.update import Arenas, Update, check_computable
+from optserve_server.engine.work import Arenas, Update, check_computable
 
 Memories = Mapping[str, NDArray[np.float64]]  # of groups, by name
 

@@ -90,7 +90,8 @@ class DataDirectory:
                 except Exception as error:  # whatever a damaged file leads to
                     log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             else:
-                log.error("no sound checkpoint; the set is not restored", directory=str(home))
+                log.error("no sound checkpoint; the set is not restored, its files are kept", directory=str(home))
+                self._kept[home] = "all of its checkpoints are damaged"
 
     def keep(self, set_id: str, why: str) -> None:
         """Keep a set's checkpoints as they are, as the set could not be restored from them."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import json_format
 
-from optserve._errors import InvalidArgument
+from optserve._errors import InvalidArgument, InvalidState
 from optserve._messages import (
     decode_change,
     decode_optimizer,
@@ -58,7 +58,9 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
     """
     record = json.loads(text)
     if record["format"] != FORMAT:
-        raise ValueError(f"expected checkpoint format {FORMAT}; got {record['format']}")
+        raise InvalidState(
+            f"expected a checkpoint of format {FORMAT}; got {record['format']}: another version wrote it"
+        )
     spec = json_format.ParseDict(record["spec"], parameter_set_pb2.ParameterSetSpec())
     try:
         decoded = decode_spec(spec)

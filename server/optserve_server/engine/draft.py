@@ -1,0 +1,44 @@
+"""Drafts: what a set will be once the updates that are planned so far have run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from optserve._results import Change, Position
+from optserve_server.engine.groups import TensorGroup, differences
+from optserve_server.engine.pipeline import Progress
+from optserve_server.engine.work import Update
+
+
+@dataclass(slots=True)
+class Draft:
+    """A set as it was, and the updates on top of it."""
+
+    groups: tuple[TensorGroup, ...]
+    position: Position
+    progress: Progress
+    updates: list[Update] = field(default_factory=list)
+    updated: set[int] = field(default_factory=set)
+    changes: list[Change] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of the last update, by group
+
+    def advance(self, groups: tuple[TensorGroup, ...], evaluated: tuple[TensorGroup, ...], planned: Update) -> None:
+        """Add an update, by groups whose schedules are evaluated."""
+        self.changes += differences(self.groups, groups, self.position.version)
+        self.learning_rates = {group.name: group.optimizer.lr for group in evaluated}
+        self.groups = groups
+        self.position = self.position.next()
+        self.updates.append(planned)
+        self.progress.accumulated = self.progress.skipped = 0
+        for index, memory in planned.memories.items():
+            self.progress.steps[index] += 1
+            self.progress.memory[index] = memory
+            self.updated.add(index)
+
+    def accumulate(self, groups: tuple[TensorGroup, ...], planned: Update, tensors: Iterable[int]) -> None:
+        """Add pushes to those that will make an update together."""
+        self.changes += differences(self.groups, groups, self.position.version)
+        self.groups = groups
+        self.updates.append(planned)
+        self.progress.accumulated += 1
+        self.progress.accumulating = tuple(tensors)
+        self.progress.skipped = 0

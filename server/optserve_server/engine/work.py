@@ -1,0 +1,49 @@
+"""Work: the parts of an update, planned before anything changes, and the memory that they act on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from optserve._dtypes import FLOAT32, FLOAT64
+from optserve._errors import InvalidHyperparameter
+from optserve_server.engine.arena import Arena, ComputeType
+from optserve_server.engine.rules import Memory
+from optserve_server.engine.threads import Threads
+
+COMPUTED = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
+_LARGEST = {compute: float(np.finfo(compute).max) for compute in COMPUTED}
+
+
+class Arenas(NamedTuple):
+    """What work acts on: parameters of the version before and of the one after, slots, and a gathered gradient."""
+
+    before: Arena
+    after: Arena
+    slots: Mapping[str, Arena]
+    gradient: Arena
+
+
+class Work(Protocol):
+    """A part of an update."""
+
+    def run(self, arenas: Arenas, threads: Threads) -> None:
+        """Do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """All the work of an update, in order, and the memory that each updated tensor has after it."""
+
+    work: Sequence[Work]
+    memories: Mapping[int, Memory]
+
+
+def check_computable(values: Iterable[float], compute: ComputeType) -> None:
+    """Raises InvalidHyperparameter for values that overflow the type that an update is computed in."""
+    values, largest = tuple(values), _LARGEST[compute]
+    if not all(-largest <= value <= largest for value in values):
+        raise InvalidHyperparameter(
+            f"expected values whose update can be computed in {compute.name}; some overflow: {values}"
+        )
