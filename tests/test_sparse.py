@@ -237,6 +237,7 @@ class TestPulls:
             ({"e": [0.5]}, optserve.InvalidTensor),
             ({"e": [[1]]}, optserve.InvalidTensor),
             ({"e": np.zeros(2**20 + 1, np.int64)}, optserve.InvalidTensor),
+            ("e", optserve.InvalidTensor),
         ],
     )
     def test_what_is_not_there_is_refused(
@@ -390,6 +391,9 @@ class TestTables:
             (Table((2,), capacity=5), optim.Adam(), {}),
             (Table((2,), capacity=5), optim.SGD(), {"holds": "moments"}),
             (Table((2,), capacity=5), optim.SGD(), {"transforms": Transforms(accumulate=2)}),
+            (Table((2,), capacity=5, initial=Constant(1e39)), optim.SGD(), {}),
+            (Table((2,), capacity=5, dtype="float16", initial=Constant(1e6)), optim.SGD(), {}),
+            (Table((2,), capacity=5), optim.SparseAdam(), {"state": "int8"}),
         ],
     )
     def test_sets_that_could_not_have_tables_are_not_created(
@@ -405,6 +409,14 @@ class TestTables:
             lambda: Table((2,), capacity=5, dtype="int8"),  # type: ignore[arg-type]
             lambda: Table((2,), capacity=5, initial=0.0),  # type: ignore[arg-type]
             lambda: Table((2,), capacity=5, initial=Normal(1.0, seed=2**63)),
+            lambda: Table((2,), capacity=True),
+            lambda: Table(3, capacity=5),  # type: ignore[arg-type]
+            lambda: Constant(float("nan")),
+            lambda: Normal(-1.0),
+            lambda: Uniform(1.0, 0.0),
+            lambda: Uniform("0", 1.0),  # type: ignore[arg-type]
+            lambda: RowSparse([2**63], np.ones((1, 2))),
+            lambda: RowSparse([0, 1], [[1.0], [1.0, 2.0]]),
         ],
     )
     def test_ill_formed_tables_are_refused(self, build: Callable[[], object]) -> None:

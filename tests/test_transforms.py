@@ -171,12 +171,27 @@ def test_a_loss_scale_is_divided_out_before_anything_else() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_loss_scale_that_is_none_is_refused(scale: float) -> None:
+def test_a_loss_scale_that_is_none_is_refused(scale: float, memory_client: optserve.Client) -> None:
+    with memory_client.create_parameter_set(f"scaled/{scale}", tensors(0), SGD) as weights:
+        with pytest.raises(optserve.InvalidTransform, match="loss_scale"):
+            weights.push(tensors(1), loss_scale=scale)
+        weights.delete()
     direct = DirectSet(tensors(0), SGD)
     receipt = direct.push(tensors(1), loss_scale=scale)
     assert receipt.refusal is not None
     assert receipt.refusal.reason == "INVALID_TRANSFORM"
     assert_close(direct.pull(), tensors(0))
+
+
+@pytest.mark.parametrize("transforms", [Transforms(), Transforms(accumulate=2), Transforms(clip=ClipAdaptive(0.1))])
+def test_a_loss_scale_that_overflows_is_refused(transforms: Transforms) -> None:
+    start = {"x": np.zeros(3, np.float32)}
+    direct = DirectSet(start, SGD, transforms=transforms)
+    for _ in range(2):
+        receipt = direct.push({"x": np.ones(3, np.float32)}, loss_scale=1e-40)
+        assert receipt.refusal is not None
+        assert receipt.refusal.reason == "INVALID_HYPERPARAMETER"
+    np.testing.assert_array_equal(direct.pull()["x"], 0)
 
 
 class TestAccumulation:

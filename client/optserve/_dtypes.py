@@ -7,6 +7,8 @@ import numpy as np
 
 from optserve._errors import InvalidTensor
 
+LARGEST_FLOAT16 = 65504.0
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -20,6 +22,11 @@ class DType:
     def itemsize(self) -> int:
         """Size of an element in bytes."""
         return self.storage.itemsize
+
+    @property
+    def largest(self) -> float:
+        """The largest finite value."""
+        return LARGEST_FLOAT16 if self.storage == np.float16 else float(np.finfo(self.compute).max)
 
     @property
     def is_half(self) -> bool:

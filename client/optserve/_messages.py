@@ -534,8 +534,10 @@ def _decode_initial(message: parameter_set_pb2.Initial) -> Initial:
             return Uniform(message.uniform.low, message.uniform.high, message.uniform.seed)
         case "normal":
             return Normal(message.normal.std, message.normal.seed)
-        case _:
+        case "constant":
             return Constant(message.constant)
+        case _:
+            raise InvalidTensor("expected a table's initial rows as constant, uniform or normal; got none of them")
 
 
 def _decode_average(message: transforms_pb2.Average) -> Average:

@@ -21,10 +21,11 @@ from optserve._messages import (
 )
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
-from optserve._rows import RowSparse, as_indices, check_count, split
+from optserve._rows import RowSparse, as_indices, as_mapping, check_count, split
 from optserve._session import OutgoingPull, OutgoingPush, Session
 from optserve._specification import as_arrays
 from optserve._state import State, assembled
+from optserve._transforms import check_loss_scale
 from optserve._transport import Transport
 from optserve._wire import Frame
 from optserve.optim import Group
@@ -223,7 +224,7 @@ class ParameterSet:
         copy: bool = True,
         evaluation: bool = False,
     ) -> OutgoingPull:
-        indices = {name: as_indices(each) for name, each in (rows or {}).items()}
+        indices = {name: as_indices(each) for name, each in as_mapping(rows or {}).items()}
         check_count(indices.values())
         return OutgoingPull(tuple(tensors), newer_than, copy, evaluation, indices)
 
@@ -235,15 +236,14 @@ class ParameterSet:
         loss_scale: float,
     ) -> OutgoingPush:
         values, rows = split(gradients)
+        scale = check_loss_scale(loss_scale)
         if rows and self._compressor is not None:
             raise InvalidFormat(
                 "expected a handle without push_format for row-sparse gradients, which travel as they are"
             )
         arrays = as_arrays(values)
         compressed = self._compressor.begin(arrays) if self._compressor is not None else None
-        outgoing = OutgoingPush(
-            arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, loss_scale, rows
-        )
+        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, scale, rows)
         if not outgoing.gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent

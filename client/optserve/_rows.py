@@ -1,5 +1,6 @@
 """Rows: parts of a tensor by index or key, as embeddings need them."""
 
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from optserve._errors import InvalidTensor
 
 MOST_ROWS = 1 << 20  # of a push or a pull: their indices travel in one message
 LARGEST_CAPACITY = 1 << 31  # rows of a table
+LARGEST_KEY = 2**63 - 1
+LARGEST = 1e300  # of what initial rows are drawn with
 
 Indices = NDArray[np.int64]
 
@@ -28,35 +31,86 @@ class RowSparse:
 
     def __init__(self, rows: ArrayLike, values: ArrayLike) -> None:
         object.__setattr__(self, "rows", as_indices(rows))
-        object.__setattr__(self, "values", np.asarray(values))
+        try:
+            object.__setattr__(self, "values", np.asarray(values))
+        except ValueError as error:
+            raise InvalidTensor(f"expected values as an array; {error}") from None
         if self.values.ndim < 1 or len(self.values) != len(self.rows):
             raise InvalidTensor(
                 f"expected a row of values for each of {len(self.rows)} rows; got values of shape {list(self.values.shape)}"
             )
 
 
+def _check_number(what: str, value: Any) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and -LARGEST < value < LARGEST):
+        raise InvalidTensor(f"expected {what} of a table's initial rows to be a finite number; got {value!r}")
+
+
+def _check_seed(value: Any) -> None:
+    if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise InvalidTensor(f"expected a seed of 64 bits; got {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Every element of a new row is `value`."""
+    """Every element of a new row is `value`; raises InvalidTensor if it is not finite."""
 
     value: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_number("value", self.value)
+
+    @property
+    def largest(self) -> float:
+        """A magnitude that no element exceeds."""
+        return abs(self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Elements of a new row are drawn uniformly from [low, high), from `seed`, the row's key and their places alone."""
+    """Elements of a new row are drawn uniformly from [low, high), from `seed`, the row's key and their places alone.
+
+    Raises InvalidTensor.
+    """
 
     low: float
     high: float
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_number("low", self.low)
+        _check_number("high", self.high)
+        _check_seed(self.seed)
+        if not self.low <= self.high:
+            raise InvalidTensor(f"expected low to be at most high; got {self.low} and {self.high}")
+
+    @property
+    def largest(self) -> float:
+        """A magnitude that no element exceeds."""
+        return max(abs(self.low), abs(self.high), self.high - self.low)
+
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Elements of a new row are drawn normally around 0, from `seed`, the row's key and their places alone."""
+    """Elements of a new row are drawn normally around 0, from `seed`, the row's key and their places alone.
+
+    Raises InvalidTensor.
+    """
 
     std: float
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_number("std", self.std)
+        _check_seed(self.seed)
+        if self.std < 0:
+            raise InvalidTensor(f"expected std to be at least 0; got {self.std}")
+
+    @property
+    def largest(self) -> float:
+        """A magnitude that no element exceeds: 53 random bits give no logarithm below -37."""
+        return 9.0 * self.std
 
 
 Initial = Constant | Uniform | Normal
@@ -76,14 +130,18 @@ class Table:
     initial: Initial = Constant()
 
     def __post_init__(self) -> None:
-        if isinstance(self.dtype, str):
-            object.__setattr__(self, "dtype", dtype_named(self.dtype))
-        if not isinstance(self.capacity, int) or not 1 <= self.capacity <= LARGEST_CAPACITY:
+        if not isinstance(self.dtype, DType):
+            name = (
+                self.dtype if isinstance(self.dtype, str) else getattr(np.dtype(self.dtype), "name", repr(self.dtype))
+            )
+            object.__setattr__(self, "dtype", dtype_named(name))
+        if not (isinstance(self.shape, tuple) and all(isinstance(size, int) for size in self.shape)):
+            raise InvalidTensor(f"expected the shape of a table's row as a tuple of whole numbers; got {self.shape!r}")
+        whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
+        if not whole or not 1 <= self.capacity <= LARGEST_CAPACITY:
             raise InvalidTensor(f"expected a table of 1 to {LARGEST_CAPACITY} rows; got {self.capacity!r}")
         if not isinstance(self.initial, Initial):
             raise InvalidTensor(f"expected a table's initial rows as Constant, Uniform or Normal; got {self.initial!r}")
-        if isinstance(self.initial, Uniform | Normal) and not -(2**63) <= self.initial.seed < 2**63:
-            raise InvalidTensor(f"expected a seed of 64 bits; got {self.initial.seed}")
 
 
 def as_mapping(tensors: Any) -> Mapping[str, Any]:
@@ -98,6 +156,8 @@ def as_indices(rows: ArrayLike) -> Indices:
     array = np.asarray(rows)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidTensor(f"expected rows as whole numbers in one dimension; got {array.dtype}{list(array.shape)}")
+    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST_KEY:
+        raise InvalidTensor(f"expected rows of at most 2**63 - 1; got {array.max()}. View unsigned keys as int64")
     return np.ascontiguousarray(array, np.int64)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from optserve._dtypes import DType, dtype_named
 from optserve._errors import InvalidArgument, InvalidGroup, InvalidName, InvalidTensor
 from optserve._policies import ASYNC, Policy
-from optserve._rows import Initial, as_mapping
+from optserve._rows import LARGEST_CAPACITY, Initial, as_mapping
 from optserve._transforms import PLAIN, Transforms
 from optserve.optim import Group, Optimizer
 
@@ -147,9 +147,14 @@ class ParameterSetSpec:
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)[:10]
             if repeated:
                 raise error(f"expected unique {kind} names; {', '.join(map(repr, repeated))} came more than once")
-        for name in self.tables:
-            if not any(tensor.name == name and tensor.shape for tensor in self.tensors):
-                raise InvalidTensor(f"expected a table to be a tensor of at least one dimension; got {name!r}")
+        tensors = {tensor.name: tensor for tensor in self.tensors} if self.tables else {}
+        for name, initial in self.tables.items():
+            if name not in tensors or not tensors[name].shape or not 1 <= tensors[name].shape[0] <= LARGEST_CAPACITY:
+                raise InvalidTensor(
+                    f"expected a table to be a tensor of 1 to {LARGEST_CAPACITY} rows; got {tensors.get(name, name)}"
+                )
+            if initial.largest > tensors[name].dtype.largest:
+                raise InvalidTensor(f"expected initial rows that {tensors[name]} can hold; got {initial}")
 
     @property
     def sent(self) -> tuple[TensorSpec, ...]:

@@ -31,6 +31,12 @@ def _check(what: str, value: Any, *, below: float = math.inf, most: float = math
         raise InvalidTransform(f"expected {what} to be a finite number above 0{bounds}; got {value!r}")
 
 
+def check_loss_scale(value: Any) -> float:
+    """What a loss was multiplied by; raises InvalidTransform."""
+    _check("loss_scale", value)
+    return float(value)
+
+
 def _check_count(what: str, value: Any, most: int = MOST_UPDATES) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise InvalidTransform(f"expected {what} to be a whole number from 1 to {most}; got {value!r}")

@@ -5,12 +5,15 @@ import sys
 
 import structlog
 
+# Without local variables: whole messages may be among them.
+_TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+
 
 def configure(level: str = "info", *, json: bool | None = None) -> None:
     """Send the log of this process to standard error; `json` is chosen by whether that is a terminal."""
     as_json = not sys.stderr.isatty() if json is None else json
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
         if as_json
         else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     )

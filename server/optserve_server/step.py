@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from optserve._errors import InvalidArgument, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
+from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
     decode_changes,
     decode_format,
@@ -113,6 +113,7 @@ class StepStream:
             raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
         if message.tensors:
             self._declared = [_decode_declared(each) for each in message.tensors]
+            check_count(each.rows for each in self._declared if each.rows is not None)
         self._push = parameter_set.begin(
             message.sequence,
             self._declared,
@@ -244,6 +245,8 @@ class StepStream:
 def _rows(parameter_set: ParameterSet, pull: step_pb2.Pull) -> dict[int, Indices]:
     """The rows that a pull asks for, by the tensor's index; raises InvalidArgument kinds for what can't be had."""
     rows = {each.tensor: decode_rows(each.rows) for each in pull.rows}
+    if len(rows) < len(pull.rows):
+        raise InvalidTensor(f"expected the rows of each tensor once in a pull; {len(pull.rows)} came of {len(rows)}")
     check_count(rows.values())
     return dict(parameter_set.check_pull(pull.tensors, rows, evaluation=pull.evaluation))
 

@@ -86,7 +86,7 @@ def start(spec: ParameterSetSpec, outline: Outline) -> Start:
         memory=_memory(spec, outline),
         group_memory=_group_memory(spec, outline),
         accumulated=outline.accumulated,
-        accumulating=accumulating[0] if accumulating else (),
+        accumulating=tuple(sorted(accumulating[0])) if accumulating else (),
         skipped=outline.skipped,
     )
     return Start(outline.version, progress, outline.parts)

@@ -40,6 +40,11 @@ class Declared(NamedTuple):
         return self.spec if self.format is None else replace(self.spec, dtype=_STAGED.get(type(self.format), FLOAT32))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it comes whole and as it is."""
+        return self.format is None and self.rows is None
+
+    @property
     def blocked(self) -> Format | None:
         """The format, if it has records of many elements."""
         return None if isinstance(self.format, BFloat16 | Float16) else self.format
@@ -143,7 +148,7 @@ class Push:
                 starts = []
                 for run in runs:
                     index = self._registered.get(run.tensor)
-                    if index is None or self._declared[run.tensor].format is not None:
+                    if index is None or not self._declared[run.tensor].is_plain:
                         raise InvalidChunk(
                             f"expected gradients as they are in shared memory; got tensor {run.tensor} of this push. Send "
                             "others in chunks"
@@ -190,8 +195,10 @@ class Push:
         for k, each in enumerate(declared):
             tensor, is_parameter = each.spec, each.is_parameter
             index = self._indices.get(tensor.name)
-            if index is None or not _fits(spec.tensors[index], each):
+            if index is None:
                 raise mismatch(spec, tensor)
+            if not _fits(spec.tensors[index], each):
+                raise mismatch(spec, tensor, each.rows)
             if each.rows is not None:
                 self._check_sparse(each, spec.tensors[index])
             elif tensor.name in spec.tables:
@@ -230,8 +237,11 @@ class Push:
 
     def _row_digests(self) -> str:
         """What tells the rows of a push from others."""
-        every = (each.rows for each in self._declared if each.rows is not None)
-        return " ".join(hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest() for rows in every)
+        return " ".join(
+            f"{k}: {hashlib.blake2b(each.rows.tobytes(), digest_size=16).hexdigest()}"
+            for k, each in enumerate(self._declared)
+            if each.rows is not None
+        )
 
     def _check_pulled(self, names: Iterable[str]) -> None:
         present = self._gradients if self._spec.holds is Holds.MOMENTS else range(len(self._spec.tensors))
@@ -259,9 +269,13 @@ def check_present(
             )
 
 
-def mismatch(spec: ParameterSetSpec, tensor: TensorSpec) -> TensorMismatch:
-    """The error that says how a tensor differs from the registered ones."""
+def mismatch(spec: ParameterSetSpec, tensor: TensorSpec, rows: Indices | None = None) -> TensorMismatch:
+    """The error that says how a tensor, or some rows of one, differs from the registered ones."""
     by_name = {each.name: each for each in spec.tensors}
+    if tensor.name in by_name and rows is not None:
+        return TensorMismatch(
+            f"set {spec.id!r}: expected {len(rows)} rows of {by_name[tensor.name]}; got {tensor.dtype.name}{list(tensor.shape)}"
+        )
     if tensor.name in by_name:
         return TensorMismatch(
             f"set {spec.id!r}: expected {by_name[tensor.name]}; got {tensor.dtype.name}{list(tensor.shape)}"

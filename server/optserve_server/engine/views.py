@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import DType, narrowed
-from optserve._errors import InvalidTransform, TensorMismatch
+from optserve._errors import InvalidTensor, InvalidTransform, TensorMismatch
 from optserve._results import Position
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec, TensorSpec
@@ -21,6 +21,8 @@ from optserve_server.engine.push import check_present
 from optserve_server.engine.rows import check_rows
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.threads import Threads
+
+MOST_BYTES = 1 << 30  # of rows of a tensor that are pulled: they may be asked for again and again
 
 Rows = Mapping[int, Indices]  # or keys, by the tensor's index
 
@@ -116,6 +118,11 @@ class Views:
             if not tensor.shape:
                 raise TensorMismatch(f"set {set_id!r}: expected rows of a tensor that has some; got {tensor}")
             check_rows(self._spec, tensor, each)
+            if (nbytes := len(each) * self._width(indices[name]) * tensor.dtype.itemsize) > MOST_BYTES:
+                raise InvalidTensor(
+                    f"set {set_id!r}: expected at most {MOST_BYTES:,} bytes of rows of {tensor}; {len(each)} take {nbytes:,}. "
+                    "Take them in several calls"
+                )
         if evaluation and not self._evaluation:
             raise InvalidTransform(
                 f"set {set_id!r} keeps no parameters to evaluate beside those to train: expected an average, such as "
