@@ -13,7 +13,7 @@ import inspect
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +22,20 @@ from typing import Any, NamedTuple
 
 import conftest  # noqa: F401 - chooses the backend of Keras before the table imports it
 import test_rules
+import test_whole_tensors
 from direct import DirectSet
 from optimizer_table import ROWS, Array, Row, Step
 from optserve_server.engine import rules
 from optserve_server.engine.loops import update_loop
-from optserve_server.engine.rules import RULES, Rule, preparation, rule_for
-from test_rules import distances, history
+from optserve_server.engine.rules import RULES, Rule, TensorRule, preparation, rule_for
+from test_rules import distances, history, pulled
 
 SIZES = (17, 4097)  # the second for what survives the first
 # And these for what survives that.
 TESTS = [
     test
-    for name, test in vars(test_rules).items()
+    for module in (test_rules, test_whole_tensors)
+    for name, test in vars(module).items()
     if name.startswith("test_") and not inspect.signature(test).parameters
 ]
 
@@ -212,8 +214,10 @@ def definition_of(function: FunctionType) -> Any:
 
 def reached(value: Any) -> set[FunctionType]:
     """The functions in `rules` that are this value, or its fields, and what they call."""
-    if isinstance(value, Rule):
+    if isinstance(value, Rule | TensorRule):
         return set().union(*map(reached, vars(value).values()))
+    if isinstance(value, Mapping):
+        return set().union(*map(reached, value.values()))
     if not (isinstance(value, FunctionType) and value.__module__.startswith(rules.__name__)):
         return set()
     called = (value.__globals__.get(name) for name in value.__code__.co_names)
@@ -249,7 +253,7 @@ def holds(row: Row, size: int) -> bool:
                 changes = {"default": {"lr": step.lr}} if step.lr != lr else {}
                 assert direct.push({"x": step.gradient}, changes).applied
                 lr = step.lr
-        return bool(distances(direct.pull()["x"], oracle).max() <= 1e-12)
+        return bool(distances(pulled(row, direct.pull), oracle).max() <= 1e-12)
     except Exception:  # a mutant may fail in any way
         return False
 
@@ -266,7 +270,7 @@ def passes(test: Callable[[], None]) -> bool:
 @contextmanager
 def changed_to(function: FunctionType, code: CodeType) -> Iterator[None]:
     """A function with other code, for everything that refers to it."""
-    compiled = any(function is rule_for(row.optimizer).function for row in targets()[function])
+    compiled = any(function is getattr(rule_for(row.optimizer), "function", None) for row in targets()[function])
     original, function.__code__ = function.__code__, code
     try:
         if compiled:
