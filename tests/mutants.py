@@ -20,6 +20,8 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import conftest  # noqa: F401 - chooses the backend of Keras before the table imports it
 import test_rules
 import test_whole_tensors
@@ -37,7 +39,7 @@ TESTS = [
     for module in (test_rules, test_whole_tensors)
     for name, test in vars(module).items()
     if name.startswith("test_") and not inspect.signature(test).parameters
-]
+] + [functools.partial(test_whole_tensors.test_adafactors_first_epsilon_is_that_of_the_dtype, np.float32)]
 
 # Why no test can tell: by function, and its line as it was changed.
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -52,12 +54,30 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if 0.0 < beta1 <= beta3:": "between equals nothing grows",
         "beta3 = exp(first * last / ((1.0 - part) * last + part * first))": "the minimum is there for rounding only",
     },
+    "average_weight": {
+        "return weight / total if total > 0.0 else 1.0": "while the sum is 0, z is where x is",
+    },
     "ftrl": {
         "excess = h.nothing if abs(z) < h.l1 else z - copysign(h.l1, z)": "where |z| = l1 the difference is 0 too",
+    },
+    "orthogonalized": {
+        "tall = u.shape[0] >= u.shape[1]": "the products on both sides of a matrix say the same",
+        "tall = u.shape[0] <= u.shape[1]": "the smaller product is there for speed only",
+        "tall = u.shape[1] > u.shape[1]": "the smaller product is there for speed only",
+    },
+    "prodigy": {
+        "s -= d / o.d0 * (d if o.safeguard_warmup else lr) * g": "only magnitudes of s are used",
     },
     "radam_scalars": {
         "return RAdamScalars(0.0, lr, 2.0, 1.0 - beta1, 1.0 - beta2, 1.0)": "beside an adaptive part of 0",
         "return RAdamScalars(0.0, lr, 1.0, 1.0 - beta1, 1.0 - beta2, 2.0)": "beside an adaptive part of 0",
+    },
+    "swats": {
+        "if updates > 1 and settled >= 0.0 and (abs(settled - implied) < o.eps):": "a factor of 0 is Adam's phase",
+        "if updates > 1 and updates > 0.0 and (abs(settled - implied) < o.eps):": "so is a factor that is negative",
+    },
+    "warmed_up": {
+        "return o.lr * t / o.warmup_steps if t <= o.warmup_steps else o.lr": "at t = warmup_steps the warm-up has arrived",
     },
 }
 
