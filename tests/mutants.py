@@ -1,9 +1,9 @@
 """Do the tests see every small change of a rule? `make mutants` changes one expression at a time, and runs the rule's rows.
 
-Changed are the functions that `RULES` reaches: what chooses a rule, its function, its scalars, what it remembers and what they
-call; and `preparation`. A mutant is killed if a row of `optimizer_table` then ends further than 1e-12 from its oracle, in the
-engine, as in `test_rules`, or another test there fails. Exits with 1 if one survives that `EQUIVALENT` does not explain, or if
-that explains one which is killed or gone.
+Changed are the functions that `RULES` reaches: what chooses a rule, its function, its scalars, what it remembers, the shapes of
+its slots and what they call; and `preparation`. A mutant is killed if a row of `optimizer_table` then ends further than 1e-12
+from its oracle, in the engine, as in `test_rules`, or another test there or in `test_whole_tensors` fails. Exits with 1
+if one survives that `EQUIVALENT` does not explain, or if that explains one which is killed or gone.
 """
 
 import ast
