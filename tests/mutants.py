@@ -1,9 +1,9 @@
 """Do the tests see every small change of a rule? `make mutants` changes one expression at a time, and runs the rule's rows.
 
-Changed are the functions that `RULES` reaches: what chooses a rule, its function, its scalars, what it remembers and what they
-call; and `preparation`. A mutant is killed if a row of `optimizer_table` then ends further than 1e-12 from its oracle, in the
-engine, as in `test_rules`, or another test there fails. Exits with 1 if one survives that `EQUIVALENT` does not explain, or if
-that explains one which is killed or gone.
+Changed are the functions that `RULES` reaches: what chooses a rule, its function, its scalars, what it remembers, the shapes of
+its slots and what they call; and `preparation`. A mutant is killed if a row of `optimizer_table` then ends further than 1e-12
+from its oracle, in the engine, as in `test_rules`, or another test there or in `test_whole_tensors` fails. Exits with 1
+if one survives that `EQUIVALENT` does not explain, or if that explains one which is killed or gone.
 """
 
 import ast
@@ -13,29 +13,33 @@ import inspect
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import conftest  # noqa: F401 - chooses the backend of Keras before the table imports it
 import test_rules
+import test_whole_tensors
 from direct import DirectSet
 from optimizer_table import ROWS, Array, Row, Step
 from optserve_server.engine import rules
 from optserve_server.engine.loops import update_loop
-from optserve_server.engine.rules import RULES, Rule, preparation, rule_for
-from test_rules import distances, history
+from optserve_server.engine.rules import RULES, Rule, TensorRule, preparation, rule_for
+from test_rules import distances, history, pulled
 
 SIZES = (17, 4097)  # the second for what survives the first
 # And these for what survives that.
 TESTS = [
     test
-    for name, test in vars(test_rules).items()
+    for module in (test_rules, test_whole_tensors)
+    for name, test in vars(module).items()
     if name.startswith("test_") and not inspect.signature(test).parameters
-]
+] + [functools.partial(test_whole_tensors.test_adafactors_first_epsilon_is_that_of_the_dtype, np.float32)]
 
 # Why no test can tell: by function, and its line as it was changed.
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -50,12 +54,30 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if 0.0 < beta1 <= beta3:": "between equals nothing grows",
         "beta3 = exp(first * last / ((1.0 - part) * last + part * first))": "the minimum is there for rounding only",
     },
+    "average_weight": {
+        "return weight / total if total > 0.0 else 1.0": "while the sum is 0, z is where x is",
+    },
     "ftrl": {
         "excess = h.nothing if abs(z) < h.l1 else z - copysign(h.l1, z)": "where |z| = l1 the difference is 0 too",
+    },
+    "orthogonalized": {
+        "tall = u.shape[0] >= u.shape[1]": "the products on both sides of a matrix say the same",
+        "tall = u.shape[0] <= u.shape[1]": "the smaller product is there for speed only",
+        "tall = u.shape[1] > u.shape[1]": "the smaller product is there for speed only",
+    },
+    "prodigy": {
+        "s -= d / o.d0 * (d if o.safeguard_warmup else lr) * g": "only magnitudes of s are used",
     },
     "radam_scalars": {
         "return RAdamScalars(0.0, lr, 2.0, 1.0 - beta1, 1.0 - beta2, 1.0)": "beside an adaptive part of 0",
         "return RAdamScalars(0.0, lr, 1.0, 1.0 - beta1, 1.0 - beta2, 2.0)": "beside an adaptive part of 0",
+    },
+    "swats": {
+        "if updates > 1 and settled >= 0.0 and (abs(settled - implied) < o.eps):": "a factor of 0 is Adam's phase",
+        "if updates > 1 and updates > 0.0 and (abs(settled - implied) < o.eps):": "so is a factor that is negative",
+    },
+    "warmed_up": {
+        "return o.lr * t / o.warmup_steps if t <= o.warmup_steps else o.lr": "at t = warmup_steps the warm-up has arrived",
     },
 }
 
@@ -212,8 +234,10 @@ def definition_of(function: FunctionType) -> Any:
 
 def reached(value: Any) -> set[FunctionType]:
     """The functions in `rules` that are this value, or its fields, and what they call."""
-    if isinstance(value, Rule):
+    if isinstance(value, Rule | TensorRule):
         return set().union(*map(reached, vars(value).values()))
+    if isinstance(value, Mapping):
+        return set().union(*map(reached, value.values()))
     if not (isinstance(value, FunctionType) and value.__module__.startswith(rules.__name__)):
         return set()
     called = (value.__globals__.get(name) for name in value.__code__.co_names)
@@ -249,7 +273,7 @@ def holds(row: Row, size: int) -> bool:
                 changes = {"default": {"lr": step.lr}} if step.lr != lr else {}
                 assert direct.push({"x": step.gradient}, changes).applied
                 lr = step.lr
-        return bool(distances(direct.pull()["x"], oracle).max() <= 1e-12)
+        return bool(distances(pulled(row, direct.pull), oracle).max() <= 1e-12)
     except Exception:  # a mutant may fail in any way
         return False
 
@@ -266,7 +290,7 @@ def passes(test: Callable[[], None]) -> bool:
 @contextmanager
 def changed_to(function: FunctionType, code: CodeType) -> Iterator[None]:
     """A function with other code, for everything that refers to it."""
-    compiled = any(function is rule_for(row.optimizer).function for row in targets()[function])
+    compiled = any(function is getattr(rule_for(row.optimizer), "function", None) for row in targets()[function])
     original, function.__code__ = function.__code__, code
     try:
         if compiled:

@@ -509,7 +509,11 @@ def _rows_of_whole_tensors(decay: float) -> Iterator[Row]:
     for name, shapes, muon in (
         ("muon", WIDE, optim.Muon(lr=0.001, **wd)),
         ("muon-tall", TALL, optim.Muon(lr=0.001, nesterov=False, adamw_lr=0.01, maximize=True, **wd)),
-        ("muon-like-adamw", TALL, optim.Muon(lr=0.0005, ns_steps=3, adjust_lr_fn="match_rms_adamw", **wd)),
+        (
+            "muon-like-adamw",
+            {17: (3, 6), **TALL},
+            optim.Muon(lr=0.0005, ns_steps=3, adjust_lr_fn="match_rms_adamw", **wd),
+        ),
     ):
         yield Row(name, muon, muon_oracle(muon), shapes=shapes)
 

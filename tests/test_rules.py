@@ -13,6 +13,7 @@ from optimizer_table import ROWS, Array, Row, Step, torch_in_float64
 from optserve import optim
 from optserve_server.engine.rules import (
     RULES,
+    Preparation,
     Rule,
     TensorRule,
     adam,
@@ -22,6 +23,7 @@ from optserve_server.engine.rules import (
     layerwise,
     momentum,
     orthogonal,
+    preparation,
     rule_for,
 )
 
@@ -139,6 +141,10 @@ def test_every_variant_of_a_rule_is_in_the_table() -> None:
     values += [*adaptive.RMSPROPS.values(), *RULES.values()]
     known = {value for value in values if isinstance(value, Rule | TensorRule)}
     assert {rule_for(row.optimizer) for row in ROWS.values()} == known
+
+
+def test_an_optimizer_descends_and_does_not_decay_unless_it_says_so() -> None:
+    assert preparation(optim.Optimizer()) == Preparation(scale=1.0, bound=0.0, l2=0.0, shrink=0.0)
 
 
 def test_asgd_averages_as_torch_does() -> None:

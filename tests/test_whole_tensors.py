@@ -14,7 +14,8 @@ import torch
 import optserve
 from direct import DirectSet
 from optimizer_table import swats
-from optserve import optim
+from optserve import TensorSpec, optim
+from optserve_server.engine.rules import rule_for
 from optserve_server.storage.directory import DataDirectory
 
 Array = np.ndarray[Any, Any]
@@ -79,6 +80,19 @@ def test_swats_switches_a_whole_group_at_once() -> None:
         push(direct, each, {"default": {"lr": lr}})
         np.testing.assert_allclose(flat(direct.pull()), expected, rtol=1e-12, atol=1e-12)
     assert 3 < phases.index(True) < 20
+
+
+def test_swats_switches_at_its_second_update_at_the_earliest_and_without_epsilon_never() -> None:
+    """Equal gradients imply equal learning rates, here to the bit."""
+    for eps in (1e-3, 0.0):
+        optimizer = optim.SWATS(lr=0.5, betas=(0.5, 0.5), eps=eps)
+        direct, expected = DirectSet({"x": np.zeros(1)}, optimizer), np.zeros(1)
+        state: dict[str, Array] = defaultdict(lambda: np.zeros(1))
+        for k in range(4):
+            expected = swats(optimizer, expected, np.ones(1), state, k + 1, optimizer.lr)
+            assert ("switched" in state) == (eps > 0.0 and k > 0)
+            push(direct, {"x": np.ones(1)})
+            np.testing.assert_allclose(direct.pull()["x"], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", [optim.Prodigy(d0=0.01), optim.SWATS(lr=0.02, eps=1e-3)], ids=lambda o: o.rule)
@@ -168,6 +182,63 @@ def test_adafactors_first_epsilon_is_that_of_the_dtype(dtype: Any) -> None:
         push(direct, small)
     for name, value in direct.pull().items():
         np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=20 * np.finfo(dtype).eps)
+
+
+def test_gradients_of_zero_change_nothing() -> None:
+    """Though they have no length, no direction and no mean square to divide by."""
+    optimizers = [
+        optim.LARS(eps=0.0),
+        optim.LAMB(),
+        optim.Adafactor(),
+        optim.Adafactor(convention="keras"),
+        optim.Muon(adamw_weight_decay=0.0),
+        optim.SWATS(),
+        optim.Prodigy(),
+    ]
+    for optimizer in optimizers:
+        direct = DirectSet(tensors(0), optimizer.replace(weight_decay=0.0))
+        push(direct, {name: np.zeros(shape) for name, shape in SHAPES.items()})
+        assert_same_bits(direct.pull(), tensors(0))
+
+
+def test_lars_takes_steps_in_proportion_to_the_tensor_and_plain_ones_from_zero() -> None:
+    for start, end in ((0.01, 0.01 - 0.1 * 0.01), (0.0, -0.1 * 5.0)):
+        direct = DirectSet({"x": np.full(4, start)}, optim.LARS(lr=0.1, trust_coefficient=1.0, eps=0.0))
+        push(direct, {"x": np.full(4, 5.0)})
+        np.testing.assert_allclose(direct.pull()["x"], np.full(4, end), rtol=1e-12)
+
+
+def test_adafactor_leaves_zero_in_units_of_its_second_epsilon() -> None:
+    direct = DirectSet({"x": np.zeros(2)}, optim.Adafactor(lr=0.1, eps=(None, 0.01)))
+    push(direct, {"x": np.array([3.0, -5.0])})
+    np.testing.assert_allclose(direct.pull()["x"], [-0.001, 0.001], rtol=1e-12)
+
+
+def test_the_scale_of_gradients_is_nothing_to_adafactor() -> None:
+    """But for an epsilon that is far below them."""
+    optimizer = optim.Adafactor(eps=(1e-30, 1e-3), convention="keras")
+    usual, small = (DirectSet(tensors(0), optimizer) for _ in range(2))
+    for each in gradients():
+        push(usual, each)
+        push(small, {name: value / 1024 for name, value in each.items()})
+    assert_same_bits(usual.pull(), small.pull())
+
+
+def test_tensors_have_only_the_slots_that_they_need() -> None:
+    def slots(optimizer: optim.Optimizer) -> dict[str, dict[str, tuple[int, ...]]]:
+        shapes = {name: {spec.name: shape(spec) for spec in specs} for name, shape in rule_for(optimizer).slots.items()}
+        return {
+            name: {tensor: shape for tensor, shape in each.items() if 0 not in shape} for name, each in shapes.items()
+        }
+
+    specs = [TensorSpec.of(name, value) for name, value in tensors(0).items()]
+    others = {name: shape for name, shape in SHAPES.items() if name != "matrix"}
+    assert slots(optim.Muon()) == {"momentum_buffer": {"matrix": (7, 5)}, "exp_avg": others, "exp_avg_sq": others}
+    assert slots(optim.Adafactor()) == {
+        "row_var": {"matrix": (7, 1), "kernel": (2, 3, 1)},
+        "col_var": {"matrix": (1, 5), "kernel": (2, 1, 4)},
+        "variance": {"vector": (6,), "scalar": ()},
+    }
 
 
 def test_a_learning_rate_of_zero_leaves_schedule_free_where_it_is() -> None:
