@@ -47,13 +47,9 @@ class Layout:
         """Size of one arena in bytes."""
         return sum(size * compute.itemsize for compute, size in self.sizes.items())
 
-    def allocate(self, fill: float = 0.0) -> Arena:
-        """A new arena."""
-        arena = self.view(aligned(self.nbytes))
-        if fill:
-            for array in arena.values():
-                array.fill(fill)
-        return arena
+    def allocate(self) -> Arena:
+        """A new arena of zeros."""
+        return self.view(aligned(self.nbytes))
 
     def view(self, memory: NDArray[np.uint8]) -> Arena:
         """An arena in memory that is there already."""
