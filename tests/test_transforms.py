@@ -171,8 +171,10 @@ def test_a_loss_scale_is_divided_out_before_anything_else() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_loss_scale_that_is_none_is_refused(scale: float, memory_client: optserve.Client) -> None:
-    with memory_client.create_parameter_set(f"scaled/{scale}", tensors(0), SGD) as weights:
+def test_a_loss_scale_that_is_none_is_refused(
+    scale: float, memory_client: optserve.Client, new_id: Callable[[], str]
+) -> None:
+    with memory_client.create_parameter_set(new_id(), tensors(0), SGD) as weights:
         with pytest.raises(optserve.InvalidTransform, match="loss_scale"):
             weights.push(tensors(1), loss_scale=scale)
         weights.delete()

@@ -36,6 +36,8 @@ class Sent(Protocol):
     def parameters(self) -> dict[str, Array]: ...
     @property
     def compressed(self) -> CompressedPush | None: ...
+    @property
+    def rows(self) -> Mapping[str, Indices]: ...
 
 
 class Chunks:
@@ -121,8 +123,8 @@ class Segments(Chunks):
         self.gradients = mappings.gradients
 
     def payloads(self, push: Sent) -> Iterator[Payload]:
-        if not all(self._registered(name, array) for name, array in push.gradients.items()):
-            yield from super().payloads(push)  # the server says what is wrong with it
+        if push.rows or not all(self._registered(name, array) for name, array in push.gradients.items()):
+            yield from super().payloads(push)  # the server says what is wrong with it, if anything is
             return
         runs: list[Run] = []
         for run in self._laid(push.gradients):

@@ -194,11 +194,13 @@ class ParameterSet:
             changes=changes,
             loss_scale=loss_scale,
         )
-        with self._lock:
+        self._check_alive()
+        # What gradients travel as is not known before. Nor should this wait for updates, or they for a compiler.
+        try:
+            self._pipeline.compile(push, self._first_groups[0], self._memory(self._buffers.current))
+        except KeyError:  # deleted meanwhile, and its arenas with it
             self._check_alive()
-            arenas = self._memory(self._buffers.current)
-        # What gradients travel as is not known before. Nor should others wait for a compiler.
-        self._pipeline.compile(push, self._first_groups[0], arenas)
+            raise
         return push
 
     def push(
