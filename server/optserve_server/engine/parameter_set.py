@@ -194,12 +194,12 @@ class ParameterSet:
             changes=changes,
             loss_scale=loss_scale,
         )
-        self._check_alive()
         # What gradients travel as is not known before. Nor should this wait for updates, or they for a compiler.
         try:
             self._pipeline.compile(push, self._first_groups[0], self._memory(self._buffers.current))
-        except KeyError:  # deleted meanwhile, and its arenas with it
-            self._check_alive()
+        except KeyError:
+            if self._deleted:  # and its arenas with it
+                raise self._not_found() from None
             raise
         return push
 
