@@ -196,5 +196,10 @@ class Transforms:
             if not isinstance(value, kinds):
                 raise InvalidTransform(f"expected {name} to be one of {kinds}; got {value!r}")
 
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether parameters are read beside the rule, all of them."""
+        return self.average is not None or self.lookahead is not None or isinstance(self.clip, ClipAdaptive)
+
 
 PLAIN = Transforms()

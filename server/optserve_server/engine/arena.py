@@ -58,6 +58,11 @@ class Layout:
             for compute, start in self._starts().items()
         }
 
+    def elements(self, arena: Arena, index: int) -> NDArray[Any]:
+        """A tensor's elements in an arena, where they lie."""
+        place = self.places[index]
+        return arena[place.compute][place.start : place.start + place.size]
+
     def offset(self, index: int) -> int:
         """Where a tensor begins in an arena's memory, in bytes."""
         place = self.places[index]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from optserve._specification import BLOCK, TensorSpec
 from optserve._transforms import Clip, ClipAdaptive, ClipGlobalNorm, ClipNorm, ClipValue
+from optserve_server.engine.arena import Arena, Layout
 from optserve_server.engine.loops import guard_loop
 from optserve_server.engine.mean import SKIP
 from optserve_server.engine.rows import SparseGradient
@@ -55,7 +56,7 @@ class Clipping:
     clip: Clip
     tensors: tuple[TensorSpec, ...]
     gradients: Mapping[int, StagedTensor]
-    places: Mapping[int, slice]
+    layout: Layout
     sparse: Mapping[int, SparseGradient]
 
     def run(self, arenas: Arenas, threads: Threads) -> None:
@@ -74,9 +75,8 @@ class Clipping:
             if self.tensors[index].size:
                 adapt(clip, self._of(arenas.before, index), self._of(arenas.gradient, index))
 
-    def _of(self, arena: Mapping[np.dtype[np.floating], NDArray[np.floating]], index: int) -> NDArray[np.floating]:
-        spec = self.tensors[index]
-        return arena[spec.dtype.compute][self.places[index]].reshape(spec.shape)
+    def _of(self, arena: Arena, index: int) -> NDArray[np.floating]:
+        return self.layout.elements(arena, index).reshape(self.tensors[index].shape)
 
 
 def adapt(clip: ClipAdaptive, parameter: NDArray[np.floating], gradient: NDArray[np.floating]) -> None:

@@ -16,7 +16,7 @@ from optserve._errors import (
     SpecificationMismatch,
 )
 from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
-from optserve._transforms import REFUSE, ClipAdaptive
+from optserve._transforms import REFUSE
 from optserve_server.engine import clipping, slot_formats
 from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.outlines import Start
@@ -83,8 +83,7 @@ class Engine:
                 f"parameter set {spec.id!r}: expected an optimizer that only adds steps to parameters, in a set that does not "
                 f"hold them; {spec.optimizer.rule} reads them. Let the server hold the parameters, or choose another"
             )
-        reads = transforms.average or transforms.lookahead or isinstance(transforms.clip, ClipAdaptive)
-        if spec.holds is Holds.MOMENTS and reads:
+        if spec.holds is Holds.MOMENTS and transforms.reads_parameters:
             raise InvalidTransform(
                 f"parameter set {spec.id!r}: averages, lookahead and adaptive clipping read the parameters; expected a set "
                 "that holds them. Let the server hold the parameters, or leave these out"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optserve._errors import InvalidState
 from optserve._specification import Holds, ParameterSetSpec, StateFormat
 from optserve._state import GRADIENT, PARAMETERS, Outline, Part, Shape
-from optserve_server.engine.arena import Arena, Layout
+from optserve_server.engine.arena import Layout
 from optserve_server.engine.groups import resolve
 from optserve_server.engine.pipeline import Progress, slot_layouts, slot_shapes
 from optserve_server.engine.rules import Rule, TensorRule, rule_for
@@ -51,7 +51,7 @@ def outlined(state: State) -> tuple[Outline, list[NDArray[Any]]]:
         indices = progress.accumulating if name == GRADIENT else tuple(range(len(spec.tensors)))
         if name != GRADIENT or progress.accumulated:
             parts.append(Part(name, indices, tuple(shapes[name][index] for index in indices)))
-            elements += [_elements(arena, layouts[name], index) for index in indices]
+            elements += [layouts[name].elements(arena, index) for index in indices]
     names = rule.memory if isinstance(rule, Rule) else ()
     group_names = rule.memory if isinstance(rule, TensorRule) else ()
     return Outline(
@@ -184,11 +184,6 @@ def _check_once(names: Iterable[str]) -> None:
         if name in seen:
             raise InvalidState(f"expected each part once; got {name!r} again")
         seen.add(name)
-
-
-def _elements(arena: Arena, layout: Layout, index: int) -> NDArray[Any]:
-    place = layout.places[index]
-    return arena[place.compute][place.start : place.start + place.size]
 
 
 def _listed(names: Iterable[str]) -> str:

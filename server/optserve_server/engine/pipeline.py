@@ -151,8 +151,7 @@ class Pipeline:
                 self._rule_update(groups, progress, gradients, parameters, dict.fromkeys(gradients, 1.0), updated, {})
                 return Update(work, {})
             if clip is not None and not clipping.bound(clip):
-                places = {k: slice(p.start, p.start + p.size) for k, p in enumerate(self._layout.places)}
-                work.append(Clipping(clip, self._spec.tensors, gradients, places, sparse))
+                work.append(Clipping(clip, self._spec.tensors, gradients, self._layout, sparse))
             factors = dict.fromkeys([*gradients, *sparse], 1.0)
         ruled = self._rule_update(groups, progress, gradients, parameters, factors, updated, sparse)
         after = averages.plan(self._spec.transforms, self._layout, gradients, progress.steps) if self._averages else ()

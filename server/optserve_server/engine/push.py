@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from optserve._errors import InvalidArgument, InvalidChunk, InvalidTransform, NonFiniteValue, Refusal, TensorMismatch
+from optserve._errors import InvalidArgument, InvalidChunk, NonFiniteValue, Refusal, TensorMismatch
 from optserve._results import Position
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec, Run, StateFormat, TensorSpec
+from optserve._transforms import check_loss_scale
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
 from optserve_server.engine.rows import SparseGradient, check_rows, check_transforms, gathered
@@ -78,7 +79,7 @@ class Push:
         self._parameters: dict[int, int] = {}
         self._sparse: dict[int, SparseGradient] = {}
         try:
-            self._check_loss_scale()
+            check_loss_scale(self.loss_scale)
             self._resolve(declared)
         except InvalidArgument as error:
             self.refuse(error)
@@ -185,10 +186,6 @@ class Push:
         """Never apply it."""
         self.refusal = Refusal.of(error)
         self._staging = Staging((), Threads(1))  # let go of what was received
-
-    def _check_loss_scale(self) -> None:
-        if not 0 < self.loss_scale < math.inf:
-            raise InvalidTransform(f"expected a finite loss scale above 0; got {self.loss_scale}")
 
     def _resolve(self, declared: Sequence[Declared]) -> None:
         spec = self._spec

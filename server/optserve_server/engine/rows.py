@@ -11,8 +11,7 @@ from optserve._dtypes import DType
 from optserve._errors import InvalidTransform, NonFiniteValue, TensorMismatch
 from optserve._rows import Indices
 from optserve._specification import ParameterSetSpec, StateFormat, TensorSpec
-from optserve._transforms import ClipAdaptive
-from optserve_server.engine.arena import Layout
+from optserve_server.engine.arena import Layout, assign
 from optserve_server.engine.loops import decode_loop
 from optserve_server.engine.staging import StagedTensor
 from optserve_server.engine.threads import Threads
@@ -79,14 +78,11 @@ def compile(dtype: DType) -> None:
 
 def check_transforms(spec: ParameterSetSpec) -> None:
     """Raises InvalidTransform where a transform would have to visit every row."""
-    transforms = spec.transforms
-    visiting = transforms.average or transforms.lookahead or isinstance(transforms.clip, ClipAdaptive)
-    if visiting or transforms.accumulate > 1:
+    if spec.transforms.reads_parameters or spec.transforms.accumulate > 1:
         raise InvalidTransform(
             f"set {spec.id!r} averages, accumulates or clips adaptively, which reads all rows: expected dense gradients; got "
             "row-sparse ones. Push all rows, or create a set without these transforms"
         )
-
     if spec.state is StateFormat.INT8:
         raise InvalidTransform(
             f"set {spec.id!r} keeps its state in blocks of 8 bits, which are updated as a whole: expected dense gradients; got "
@@ -114,7 +110,4 @@ class Carried:
     def run(self, arenas: Arenas, threads: Threads) -> None:
         if arenas.before is arenas.after:
             return
-        for index in self.tensors:
-            place = self.layout.places[index]
-            elements = slice(place.start, place.start + place.size)
-            np.copyto(arenas.after[place.compute][elements], arenas.before[place.compute][elements])
+        assign(arenas.after, arenas.before, [self.layout.places[index] for index in self.tensors])

@@ -141,6 +141,4 @@ def _numbers(values: Iterable[Any]) -> Iterator[float]:
 
 def _array(arena: Arena, layout: Layout, member: Member, shape: tuple[int, ...] | None = None) -> NDArray[np.floating]:
     """A tensor's place in an arena as an array of its shape, or of another."""
-    place = layout.places[member.index]
-    elements = arena[place.compute][place.start : place.start + place.size]
-    return elements.reshape(member.spec.shape if shape is None else shape)
+    return layout.elements(arena, member.index).reshape(member.spec.shape if shape is None else shape)
