@@ -33,6 +33,13 @@ class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DURABILITY_MEMORY: _ClassVar[Durability]
     DURABILITY_JOURNAL: _ClassVar[Durability]
     DURABILITY_CHECKPOINT: _ClassVar[Durability]
+
+class Journal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOURNAL_UNSPECIFIED: _ClassVar[Journal]
+    JOURNAL_OFF: _ClassVar[Journal]
+    JOURNAL_EVERYSEC: _ClassVar[Journal]
+    JOURNAL_ALWAYS: _ClassVar[Journal]
 HOLDS_UNSPECIFIED: Holds
 HOLDS_PARAMETERS: Holds
 HOLDS_MOMENTS: Holds
@@ -44,6 +51,10 @@ DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_JOURNAL: Durability
 DURABILITY_CHECKPOINT: Durability
+JOURNAL_UNSPECIFIED: Journal
+JOURNAL_OFF: Journal
+JOURNAL_EVERYSEC: Journal
+JOURNAL_ALWAYS: Journal
 
 class Position(_message.Message):
     __slots__ = ("incarnation", "version", "durable_version")
@@ -84,7 +95,7 @@ class Normal(_message.Message):
     def __init__(self, std: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state", "tables")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state", "tables", "journal")
     class TablesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +113,7 @@ class ParameterSetSpec(_message.Message):
     TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     optimizer: _optimizer_pb2.Optimizer
@@ -112,7 +124,8 @@ class ParameterSetSpec(_message.Message):
     transforms: _transforms_pb2.Transforms
     state: StateFormat
     tables: _containers.MessageMap[str, Initial]
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ...) -> None: ...
+    journal: Journal
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ..., journal: _Optional[_Union[Journal, str]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")

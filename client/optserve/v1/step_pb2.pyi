@@ -89,20 +89,24 @@ class SharedMemory(_message.Message):
     def __init__(self, socket: _Optional[str] = ..., token: _Optional[bytes] = ..., gradient_segment: _Optional[int] = ..., gradient_offsets: _Optional[_Iterable[int]] = ..., parameter_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors", "shared_memory")
+    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors", "shared_memory", "durable_sequence", "rewinds")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAST_RECEIPT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REWINDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last_sequence: int
     last_receipt: Receipt
     position: _parameter_set_pb2.Position
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     shared_memory: SharedMemory
-    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    durable_sequence: int
+    rewinds: int
+    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., durable_sequence: _Optional[int] = ..., rewinds: _Optional[int] = ...) -> None: ...
 
 class PushedTensor(_message.Message):
     __slots__ = ("spec", "role", "encoding", "fraction", "rows")
@@ -143,7 +147,7 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("sequence", "position", "outcome", "duplicate", "staleness", "gradient_norm", "learning_rates", "durability", "refusal")
+    __slots__ = ("sequence", "position", "outcome", "duplicate", "staleness", "gradient_norm", "learning_rates", "durability", "refusal", "durable_sequence")
     class LearningRatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +164,7 @@ class Receipt(_message.Message):
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     position: _parameter_set_pb2.Position
     outcome: Outcome
@@ -169,7 +174,8 @@ class Receipt(_message.Message):
     learning_rates: _containers.ScalarMap[str, float]
     durability: _parameter_set_pb2.Durability
     refusal: Refusal
-    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    durable_sequence: int
+    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., duplicate: bool = ..., staleness: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., learning_rates: _Optional[_Mapping[str, float]] = ..., durability: _Optional[_Union[_parameter_set_pb2.Durability, str]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., durable_sequence: _Optional[int] = ...) -> None: ...
 
 class Rows(_message.Message):
     __slots__ = ("tensor", "rows")

@@ -1,0 +1,126 @@
+"""Files that survive a crash: everything that storage writes goes through here, and nothing is durable before it is synced.
+
+A file's bytes are durable after `File.sync`, its name after `sync_directory` of the directory that it is in. An error of a
+sync is never tried again: the kernel may have dropped the pages that it could not write (https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+MODE = 0o600
+LARGEST_WRITE = 4 << 20  # bytes in one call, so that others get their turn in between
+MOST_BUFFERS = 512  # in one call; POSIX promises 16, Linux 1024
+
+TEMPORARY = ".new"  # suffix of what is not there yet, if it is found after a crash
+CONDEMNED = ".deleted"  # suffix of what is not there any more
+
+
+class File:
+    """A new file, written in order; raises OSError, after which what was written is not to be used."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.path = path
+        self._descriptor = os.open(path, flags, MODE)
+        self.size = 0  # bytes written
+        self.reserved = 0
+
+    def write(self, buffers: Sequence[Any]) -> None:
+        """Append bytes-like objects, all of them."""
+        left = [part for buffer in buffers for part in _parts(memoryview(buffer).cast("B"))]
+        left.reverse()
+        while left:
+            batch, nbytes = [], 0
+            while left and len(batch) < MOST_BUFFERS and nbytes + len(left[-1]) <= LARGEST_WRITE:
+                nbytes += len(left[-1])
+                batch.append(left.pop())
+            written = _write(self._descriptor, batch, self.size)
+            self.size += written
+            for part in reversed(batch):  # a short write leaves the rest
+                nbytes -= len(part)
+                if written < nbytes + len(part):
+                    left.append(part[max(0, written - nbytes) :])
+
+    def reserve(self, size: int) -> None:
+        """Have room for so many bytes in all; those that are not written read as zeros."""
+        os.posix_fallocate(self._descriptor, 0, size)
+        self.reserved = size
+
+    def rewind(self, size: int) -> None:
+        """Write from there on again, over what came after."""
+        self.size = size
+
+    def sync(self) -> None:
+        """Put all that was written on stable storage."""
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Close it; what was not synced may be lost."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Let a path have new content, durably and at once; raises OSError, and then it has what it had."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    with File(temporary) as file:
+        file.write([data])
+        file.sync()
+    rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Let what is at one path be at another, instead of what is there; durable once the directory is synced."""
+    source.rename(target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Let a file have another name as well; durable once the directory is synced."""
+    target.hardlink_to(source)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory; durable once the one that it is in is synced."""
+    path.mkdir(mode=0o700)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory, which from now on does not count, and then what is in it."""
+    condemned = path if path.name.endswith(CONDEMNED) else path.with_name(path.name + CONDEMNED)
+    if condemned is not path:
+        rename(path, condemned)
+        sync_directory(path.parent)
+    shutil.rmtree(condemned)
+
+
+def sync_directory(path: Path) -> None:
+    """Put the names in a directory on stable storage."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parts(view: memoryview) -> list[memoryview]:
+    return [view[begin : begin + LARGEST_WRITE] for begin in range(0, len(view), LARGEST_WRITE)]
+
+
+def _write(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Write some of the bytes at an offset; how many."""
+    return os.pwritev(descriptor, buffers, offset)
