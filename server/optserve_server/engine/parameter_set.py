@@ -293,6 +293,7 @@ class ParameterSet:
                 arenas={name: copy(arena, self._pipeline.used(name)) for name, arena in self._arenas().items()},
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
+                forgotten=self._sessions.forgotten,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
@@ -307,7 +308,7 @@ class ParameterSet:
         self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._progress = state.progress.copy()
-        self._sessions.restore(state.sessions)
+        self._sessions.restore(state.sessions, state.forgotten)
         self.made_durable(state.position.version)
 
     def made_durable(self, version: int) -> None:

@@ -1,6 +1,6 @@
 """Sessions: who has pushed what, so that a push that comes again is not applied again."""
 
-import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -10,15 +10,17 @@ from optserve._results import Receipt
 
 RECEIPTS_KEPT = 16  # per session; a worker may have this many pushes without an answer
 SESSIONS_KEPT = 65_536  # per set; the one idle for longest is forgotten first
+CLOCK_SKEW = 86_400 * 10**9  # nanoseconds by which an epoch may lie in the future, since clocks are set back
 
 
 @dataclass(slots=True)
 class Session:
-    """One worker's pushes into one set under one server-issued epoch."""
+    """One worker's pushes into one set under one server-issued epoch; up to `durable_sequence` on stable storage."""
 
     client_id: str
     epoch: int
     last_sequence: int = 0
+    durable_sequence: int = 0
     receipts: OrderedDict[int, tuple[bytes, Receipt]] = field(default_factory=OrderedDict)
     stream: object = None
 
@@ -62,34 +64,71 @@ class Session:
 
 
 class Sessions:
-    """A set's sessions by client."""
+    """A set's sessions by client.
+
+    Epochs grow with time. `forgotten` is the highest of those that are not known any more though they were: a session that is
+    not known, with a later epoch, has pushed nothing that is left in this set.
+    """
 
     def __init__(self) -> None:
         self._by_client: OrderedDict[str, Session] = OrderedDict()
+        self._last_epoch = 0
+        self.forgotten = time.time_ns()  # nobody has pushed before
 
     def copy(self) -> list[Session]:
         """All sessions, the one idle for longest first, without their streams."""
         return [replace(each, receipts=each.receipts.copy(), stream=None) for each in self._by_client.values()]
 
-    def restore(self, sessions: Iterable[Session]) -> None:
+    def restore(self, sessions: Iterable[Session], forgotten: int) -> None:
         """Take sessions over, from `copy`."""
         self._by_client = OrderedDict((session.client_id, session) for session in sessions)
+        self.forgotten = forgotten
+        self._last_epoch = max([forgotten, *(session.epoch for session in self._by_client.values())])
 
     def touch(self, session: Session) -> None:
         """Count a session as in use now."""
         if self._by_client.get(session.client_id) is session:
             self._by_client.move_to_end(session.client_id)
 
+    def end_streams(self) -> None:
+        """Let no stream that is open push any more."""
+        for session in self._by_client.values():
+            session.stream = None
+
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
-        """Resume the client's session if the epoch is the one issued, else begin a new one; older streams lose it."""
+        """Resume a client's session, or begin one; older streams lose it. Raises SessionSuperseded for an epoch that is over.
+
+        An epoch that is not known, of a session that was never forgotten, is one whose pushes are all gone: it begins again.
+        """
+        session = self._by_client.get(client_id)
+        if session is not None and 0 < epoch < session.epoch:
+            raise SessionSuperseded(
+                f"client {client_id!r} has begun a newer session on this set; use one handle per worker, or another client_id"
+            )
+        if session is None or session.epoch != epoch:
+            known = self.forgotten < epoch <= max(time.time_ns(), self._last_epoch) + CLOCK_SKEW
+            session = self._begin(client_id, epoch if known else 0, session)
+        session.stream = stream
+        self.touch(session)
+        return session
+
+    def resume(self, client_id: str, epoch: int) -> Session:
+        """The session that an event of the journal belongs to."""
         session = self._by_client.get(client_id)
         if session is None or session.epoch != epoch:
-            if session is not None:
-                session.stream = None
-            session = Session(client_id, secrets.randbits(63) | 1)
-        session.stream = stream
+            session = self._begin(client_id, epoch, session)
+        self.touch(session)
+        return session
+
+    def _begin(self, client_id: str, epoch: int, before: Session | None) -> Session:
+        if before is not None:
+            before.stream = None
+            self.forgotten = max(self.forgotten, before.epoch)
+        session = Session(client_id, epoch or max(time.time_ns(), self._last_epoch + 1))
+        self._last_epoch = max(self._last_epoch, session.epoch)
         self._by_client[client_id] = session
-        self._by_client.move_to_end(client_id)
         if len(self._by_client) > SESSIONS_KEPT:
-            self._by_client.popitem(last=False)[1].stream = None
+            evicted = self._by_client.popitem(last=False)[1]
+            evicted.stream = None
+            self.forgotten = max(self.forgotten, evicted.epoch)
         return session

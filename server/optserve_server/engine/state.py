@@ -18,7 +18,7 @@ class State:
 
     `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be; `arenas` the
     parameters (absent in a set that holds moments only), the slots by name and the mean that pushes accumulate in; `sessions`
-    who has pushed what; `keys` those of each table, by its index, in the order of its rows.
+    who has pushed what, and `forgotten` the last epoch that is over; `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
@@ -29,6 +29,7 @@ class State:
     arenas: dict[str, Arena]
     progress: Progress
     sessions: list[Session]
+    forgotten: int = 0
     keys: dict[int, list[int]] = field(default_factory=dict)
 
     @property

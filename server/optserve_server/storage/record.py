@@ -46,6 +46,7 @@ def to_json(state: State) -> str:
             "changes": [json_format.MessageToDict(encode_change(each)) for each in state.changes],
             "progress": _from_progress(state.progress),
             "keys": list(state.keys.items()),
+            "forgotten": state.forgotten,
             "sessions": [_from_session(session) for session in state.sessions],
         }
     )
@@ -75,6 +76,7 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         arenas=arenas,
         progress=_to_progress(record["progress"]),
         keys=dict(record["keys"]),
+        forgotten=record["forgotten"],
         sessions=[_to_session(each) for each in record["sessions"]],
     )
 
@@ -126,4 +128,5 @@ def _to_session(record: Any) -> Session:
     for digest, each in record["receipts"]:
         receipt = decode_receipt(json_format.ParseDict(each, step_pb2.Receipt()))
         receipts[receipt.sequence] = (base64.b64decode(digest), receipt)
-    return Session(record["client_id"], record["epoch"], record["last_sequence"], receipts)
+    last = record["last_sequence"]
+    return Session(record["client_id"], record["epoch"], last, durable_sequence=last, receipts=receipts)
