@@ -7,10 +7,10 @@
 A directory that has the final name is complete: its files and its names are on stable storage before it gets that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from optserve_server.engine.state import State
 from optserve_server.storage import files, manifest, tensors
 from optserve_server.storage.files import File
 from optserve_server.storage.manifest import Manifest
-from optserve_server.storage.tensors import Damaged, Tensors, Writer
+from optserve_server.storage.tensors import Damaged, Entry, Tensors, Writer
 
 PREFIX = "checkpoint-"
 CURRENT = "CURRENT"
@@ -59,11 +59,31 @@ class Shadow:
         return copied
 
 
-class Draft:
-    """A checkpoint that is being written; raises OSError, and then it is as if it had never begun."""
+class Shared(NamedTuple):
+    """A checkpoint from which a state was read that has not changed since: files of some arenas need not be written again."""
 
-    def __init__(self, home: Path, state: State) -> None:
+    path: Path
+    described: Manifest
+    names: Container[str]
+
+    def entries(self, state: State) -> dict[str, Sequence[Entry]]:
+        """Entries of the files that can be shared, by the arena's name."""
+        return {
+            name: entries
+            for name, entries in self.described.files.items()
+            if name in self.names and name in _arrays(state)
+        }
+
+
+class Draft:
+    """A checkpoint that is being written; raises OSError, and then it is as if it had never begun.
+
+    What is `shared` gets another name, and is not written.
+    """
+
+    def __init__(self, home: Path, state: State, shared: "Shared | None" = None) -> None:
         self.state = state
+        self._shared = shared.entries(state) if shared is not None else {}
         self.path = home / f"{PREFIX}{state.events:020d}"
         self._home = home
         self._temporary = self.path.with_name(self.path.name + files.TEMPORARY)
@@ -72,8 +92,13 @@ class Draft:
         files.make_directory(self._temporary)
         about = {"parameter_set": state.spec.id, "version": str(state.position.version)}
         self._writers = {
-            name: Writer(self._temporary / f"{name}{SUFFIX}", each, about) for name, each in _arrays(state).items()
+            name: Writer(self._temporary / f"{name}{SUFFIX}", each, about)
+            for name, each in _arrays(state).items()
+            if name not in self._shared
         }
+        for name in self._shared:
+            assert shared is not None
+            files.link(shared.path / f"{name}{SUFFIX}", self._temporary / f"{name}{SUFFIX}")
 
     def parts(self) -> list[Part]:
         """All elements, in pieces, to be written in order."""
@@ -91,7 +116,7 @@ class Draft:
 
     def publish(self) -> None:
         """Let it be the newest, durably."""
-        entries = {name: writer.finish() for name, writer in self._writers.items()}
+        entries = self._shared | {name: writer.finish() for name, writer in self._writers.items()}
         described = Manifest(replace(self.state, arenas={}), entries)
         with File(self._temporary / MANIFEST) as file:
             file.write([manifest.to_bytes(described)])
