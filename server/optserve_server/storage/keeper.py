@@ -1,6 +1,5 @@
 """Keepers: what keeps one set on stable storage, its checkpoints and its journal."""
 
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
-from optserve_server.storage.checkpoint import Draft, Part, Shadow, Shared
+from optserve_server.storage.checkpoint import LEAST_COPIED, Draft, Shadow, Shared
 from optserve_server.storage.journal import Journal
 
 log = structlog.get_logger()
@@ -135,7 +134,7 @@ class Keeper:
             files.remove_directory(self.home)
 
     def _write(self, shared: Shared | None) -> State:
-        most_copied = int(self._retention.copied * self.parameter_set.state_bytes)
+        most_copied = LEAST_COPIED + int(self._retention.copied * self.parameter_set.state_bytes)
         self._shadow.reserve(most_copied)
         began = time.monotonic()
         with self.parameter_set.frozen() as state:
@@ -143,15 +142,16 @@ class Keeper:
             try:
                 if self._journal is not None:
                     self._journal.rotate()
-                now, later = _split(draft.parts(), most_copied)
-                draft.write(now)
-                later = self._shadow.copies(later)
+                *now, last = draft.batches(most_copied)
+                for batch in now:
+                    draft.write(self._shadow.copies(batch))
+                copies = self._shadow.copies(last)
             except BaseException:
                 draft.close()
                 raise
         stalled = time.monotonic() - began
         try:
-            draft.write(later)
+            draft.write(copies)
             draft.publish()
         finally:
             draft.close()
@@ -170,11 +170,3 @@ class Keeper:
             files.remove_directory(old)
         kept = present[: self._retention.checkpoints]
         journal.remove_before(self.home, checkpoint.event_of(kept[-1]))
-
-
-def _split(parts: list[Part], most: int) -> tuple[list[Part], list[Part]]:
-    """The parts, so that the later ones have at most so many bytes."""
-    total = sum(part.size for _, _, part in parts)
-    sizes = itertools.accumulate((part.size for _, _, part in parts), initial=0)
-    first = next(place for place, size in enumerate(sizes) if total - size <= most)
-    return parts[:first], parts[first:]
