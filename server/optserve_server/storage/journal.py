@@ -151,6 +151,11 @@ class Journal:
         if self._file.size > _SEGMENT_SIZE:
             self._begin()
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is acknowledged any more, if so."""
+        return self._failure
+
     def skip(self, last_event: int, version: int) -> None:
         """Let the next event be another, once all before are synced; raises StorageFailed."""
         with self._changed:

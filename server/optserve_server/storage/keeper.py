@@ -71,6 +71,11 @@ class Keeper:
         """Whether anything has happened since the last checkpoint."""
         return self.parameter_set.events != self._last_event
 
+    @property
+    def failure(self) -> str | None:
+        """Why the set acknowledges nothing until a restart, if so."""
+        return self._journal.failure if self._journal is not None else None
+
     def checkpoint(self, shared: Shared | None = None) -> None:
         """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts.
 
