@@ -40,6 +40,7 @@ from optserve._errors import (
     TensorMismatch,
     UnknownRule,
 )
+from optserve._identity import Identity
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import (
@@ -88,6 +89,7 @@ __all__ = [
     "FailedPrecondition",
     "GroupDescription",
     "Holds",
+    "Identity",
     "InvalidArgument",
     "InvalidChunk",
     "InvalidFormat",

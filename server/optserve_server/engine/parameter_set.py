@@ -48,6 +48,9 @@ CHANGES_KEPT = 1000
 class ParameterSet:
     """One set. Every method may be called from any thread; each takes effect whole or not at all."""
 
+    rewinds = 0
+    """How often it was rewound."""
+
     def __init__(
         self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
     ) -> None:
