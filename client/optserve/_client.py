@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
+from optserve._failover import connect_all
 from optserve._identity import Identity
 from optserve._messages import decode_holds, decode_position, decode_summary, encode_outline, encode_spec
 from optserve._parameter_set import ParameterSet
@@ -28,7 +29,6 @@ from optserve._specification import (
 )
 from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
-from optserve._transport import connect
 from optserve._wire import Frame, bytes_of, pack
 from optserve.formats import BFloat16, Float16, Format
 from optserve.optim import Group, Optimizer
@@ -40,19 +40,23 @@ DEFAULT_TIMEOUT = 120.0  # seconds; long enough for a server to restart
 class Client:
     """A connection to a server at `host:port` or `unix:/path`, or to an engine in this process at `:memory:`.
 
+    Of several addresses, in a sequence or with commas between them, calls go to the server that serves: to the next one while
+    one can't be reached, is draining, restoring, or a standby.
+
     `timeout`, in seconds, bounds every call, including the attempts after a lost connection. `transport` is how tensors
     travel: "shared_memory", which needs a server on this host that runs as the same user, "stream", or "auto" for the first
     of these that can be had. Threads may share a client.
     """
 
-    def __init__(self, address: str, *, timeout: float = DEFAULT_TIMEOUT, transport: str = "auto") -> None:
+    def __init__(
+        self, address: str | Sequence[str], *, timeout: float = DEFAULT_TIMEOUT, transport: str = "auto"
+    ) -> None:
         if transport not in {each.value for each in Via}:
             raise InvalidArgument(f"expected transport to be 'auto', 'stream' or 'shared_memory'; got {transport!r}")
         self._via = Via(transport)
-        self._transport = connect(address)
+        self._transport, self.address = connect_all(address)
         self._timeout = timeout
         self._handles: weakref.WeakSet[ParameterSet] = weakref.WeakSet()
-        self.address = address
 
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
