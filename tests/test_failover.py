@@ -23,8 +23,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 def second() -> str:
     """An address where a server can be started."""
     with Server(Config(listen="127.0.0.1:0")) as server:
-        address = server.address
-    return address
+        return server.address
 
 
 @pytest.mark.parametrize("transport", ["stream", "shared_memory"])

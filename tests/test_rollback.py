@@ -92,14 +92,17 @@ def test_a_push_under_way_is_not_applied_and_the_next_one_does_not_collide_with_
         np.testing.assert_array_equal(weights.pull()["x"], 1 + 8 + 16)
 
 
-def test_a_step_that_was_done_before_the_rollback_is_not_reported_as_done(restarts: Restarts) -> None:
+@pytest.mark.parametrize("window", [0, ENOUGH])
+def test_a_step_that_was_done_before_the_rollback_is_done_again_or_not_reported_as_done(
+    restarts: Restarts, window: int
+) -> None:
     """Its receipt had come, its parameters had not."""
     with (
         Proxy(restarts.address) as proxy,
         optserve.Client(proxy.address, transport="stream") as client,
     ):
         large = {"x": np.ones(1 << 20, np.float32)}
-        weights = client.create_parameter_set("a", large, COUNTING)
+        weights = client.create_parameter_set("a", large, COUNTING, replay_window_bytes=window)
         weights.checkpoint()
         restarts.remember()
         weights.pull()
@@ -119,6 +122,12 @@ def test_a_step_that_was_done_before_the_rollback_is_not_reported_as_done(restar
             raise optserve.ServerUnavailable("cut")
 
         stream.receive = one_message  # type: ignore[method-assign]
+        if window:
+            params = weights.step(large)
+            assert params.receipt is not None
+            assert params.receipt.position == params.position
+            assert (params["x"] == 2).all()
+            return
         with pytest.raises(optserve.RolledBack, match="of its 1 pushes 0 are left"):
             weights.step(large)
         assert weights.settle() is None
@@ -405,6 +414,14 @@ def test_what_was_not_sent_again_is_missing_still_when_the_connection_breaks_mea
     position = optserve.Position(2, 2)
     known.received(optserve.Receipt(sequence=first.sequence, position=position, outcome=optserve.Outcome.APPLIED))
     assert [kept.sequence for kept in known.adopt(opened(last=2, incarnation=2, version=2), None)] == [3, 4]
+
+
+def test_an_old_receipt_does_not_make_the_worker_forget_the_version_that_it_knew() -> None:
+    known = ledger(5)
+    position = optserve.Position(1, 2)
+    known.received(optserve.Receipt(sequence=2, position=position, outcome=optserve.Outcome.APPLIED, duplicate=True))
+    with pytest.raises(optserve.RolledBack, match="knew version 5"):
+        known.adopt(opened(last=5, incarnation=2, version=3), None)
 
 
 def test_a_session_that_was_forgotten_leaves_a_push_under_way_in_doubt_for_good() -> None:

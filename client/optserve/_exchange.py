@@ -82,11 +82,15 @@ class Attempt:
 
 @dataclass(slots=True)
 class Exchange:
-    """A push, a pull, or both, and how far they have got; `attempt` is None as long as no push can have got through."""
+    """A push, a pull, or both, and how far they have got.
+
+    `attempt` is None as long as no push can have got through; `kept` is the one of which the replay window has a copy.
+    """
 
     push: OutgoingPush | None
     pull: OutgoingPull | None
     attempt: Attempt | None = None
+    kept: Attempt | None = None
     receipt: Receipt | None = None
 
     @property

@@ -88,7 +88,6 @@ class Ledger:
         self.sequence = mine if change.resumed and missing is not None else min(mine, self.consumed)
         if change.rewound or not change.resumed:
             self.window.clear()
-        self.window.drop_after(self.sequence)
         self.window.trim(opened.durable_sequence)
         if change.rolled_back and missing is None:
             raise RolledBack(self._lost(change, before, mine, attempt), self.position.version)

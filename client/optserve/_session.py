@@ -242,7 +242,9 @@ class Session:
             before, attempt = exchange.attempt, self._ledger.attempt()
             exchange.attempt = attempt
             stream.send(self._requests(exchange.push, exchange.pull, attempt.sequence, self._base))
-            self._window.keep(attempt.sequence, exchange.push, self._base)  # while it travels
+            if exchange.kept != attempt:
+                self._window.keep(attempt.sequence, exchange.push, self._base)  # while it travels
+                exchange.kept = attempt
             try:
                 answer = stream.receive(deadline)
             except (ServerBusy, ServerDraining):  # the server says that it took nothing in
