@@ -236,7 +236,9 @@ class ParameterSet:
         """
         request = pb.RewindParameterSetRequest(id=self.id, version=version)
         response = self._transport.call("RewindParameterSet", request, self._timeout, wait=True)
-        return decode_position(response.position)
+        position = decode_position(response.position)
+        self._session.rewound(position, response.rewinds)
+        return position
 
     def fork(self, id: str, version: int | None = None, optimizer: Optimizer | None = None) -> "ParameterSet":
         """Create a set from what this one is, or was at an earlier version, bit for bit.
