@@ -29,6 +29,7 @@ from optserve._specification import ParameterSetSpec
 from optserve._state import Outline, State, assembled
 from optserve.v1 import parameter_set_pb2, state_pb2
 from optserve_server.engine import outlines
+from optserve_server.engine.arena import aligned
 from optserve_server.engine.engine import Engine
 from optserve_server.storage import checkpoint, files
 from optserve_server.storage.tensors import PART, Damaged, Tensors, Writer
@@ -178,8 +179,11 @@ def _write(path: Path, tensors: Tensors, metadata: Mapping[str, str], note: Call
     try:
         writer = Writer(temporary, tensors, metadata)
         try:
-            for index, part in writer.parts():
-                writer.write(index, part)
+            memory = aligned(PART)  # so large that it begins at a page
+            for begin in range(0, writer.nbytes, PART):
+                part = memory[: min(PART, writer.nbytes - begin)]
+                writer.copy(begin, part)
+                writer.write(begin, part)
                 note(part.size)
             writer.finish()
         finally:

@@ -39,23 +39,15 @@ class StoreFailedError(OSError):
     """The store can't be reached, or refuses, or another server uses it now."""
 
 
-Place = tuple[int, int]  # in a set's history: how often that went back, and the number of events
-NOWHERE = (-1, -1)
-FURTHEST = (sys.maxsize, sys.maxsize)
+NOWHERE, FURTHEST = -1, sys.maxsize  # before and after every event
 
 
 class Copy(NamedTuple):
-    """A checkpoint in the store, ordered by its place in the set's history."""
+    """A checkpoint in the store, ordered by the number of events before it, which grows even where history goes back."""
 
-    rewinds: int
     events: int
     path: str
     manifest: bytes
-
-    @property
-    def place(self) -> Place:
-        """Where it is in the set's history."""
-        return self.rewinds, self.events
 
 
 class Store:
@@ -96,6 +88,7 @@ class Store:
             self._make(target)
             for name, file in opened.items():
                 self._put(f"{target}/{name}", file)
+            log.info("checkpoint copied", store=self.url, path=str(path))
             self._remove_old(home)
 
     def remove(self, home: str) -> None:
@@ -117,7 +110,7 @@ class Store:
             homes = [sets / name for name in sorted(self._names(f"{self._root}/sets", _HOME))]
         for home in homes:
             older = [*checkpoint.present(home), *(path for _, path in journal.segments(home))]
-            path = self.fetch(home, functools.partial(_place, home))
+            path = self.fetch(home, functools.partial(_last_event, home))
             if path is not None:
                 log.warning("fetched from the checkpoint store", store=self.url, path=str(path), instead_of=len(older))
                 for each in older:
@@ -126,17 +119,17 @@ class Store:
                 missing[home] = f"no copy of it in {self.url} is whole"
         return missing
 
-    def fetch(self, home: Path, place: Callable[[], Place] = lambda: NOWHERE) -> Path | None:
-        """Bring the newest sound copy of a set that is after a place in its history into its local directory, durably.
+    def fetch(self, home: Path, last_event: Callable[[], int] = lambda: NOWHERE) -> Path | None:
+        """Bring the newest sound copy of a set, if it is of after its last event here, into its local directory, durably.
 
         Returns its path, or None if there is none. Copies that are unfinished or damaged are passed over, loudly. Raises also
         OSError, of the local disk.
         """
         with self._reached():
             copies, _ = self._copies(home.name, loud=True)
-        newer_than = place() if copies else NOWHERE
+        last = last_event() if copies else NOWHERE
         for copy in copies:
-            if copy.place <= newer_than:
+            if copy.events <= last:
                 break
             try:
                 return self._download(copy, home)
@@ -222,7 +215,7 @@ class Store:
         state = described.state
         if name != f"{PREFIX}{state.events:020d}-{state.position.incarnation}":
             raise Damaged("its manifest is another's")
-        return Copy(state.rewinds, state.events, path, encoded)
+        return Copy(state.events, path, encoded)
 
     def _remove_old(self, home: str) -> None:
         copies, broken = self._copies(home)
@@ -287,8 +280,8 @@ def _opened(path: Path, names: list[str]) -> Iterator[Mapping[str, Any]]:
         yield {name: stack.enter_context((path / name).open("rb")) for name in names}
 
 
-def _place(home: Path) -> Place:
-    """How far a local directory goes: its newest checkpoint, and its journal. What can't be told is left as it is."""
+def _last_event(home: Path) -> int:
+    """The last event that a local directory has, in its newest checkpoint or its journal. What can't be told is left alone."""
     for path in checkpoint.present(home):
         try:
             state = manifest.from_bytes((path / MANIFEST).read_bytes()).state
@@ -302,7 +295,7 @@ def _place(home: Path) -> Place:
                 number = event.number
         except (Damaged, OSError):
             return FURTHEST
-        return state.rewinds, number
+        return number
     return NOWHERE
 
 

@@ -20,6 +20,7 @@ class Uploads:
         self._changed = threading.Condition()
         self._offered: dict[str, Path] = {}  # by the name of the set's directory
         self._deleted = False
+        self._working = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="optserve-uploads", daemon=True)
         self._thread.start()
@@ -38,6 +39,11 @@ class Uploads:
             self._deleted = True
             self._changed.notify_all()
 
+    def wait(self) -> None:
+        """Return once everything that was offered was tried."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._offered or self._deleted or self._working))
+
     def close(self) -> None:
         """End the thread, after what was offered, if the store takes it in time."""
         with self._changed:
@@ -50,12 +56,15 @@ class Uploads:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._working = False
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._offered or self._deleted or self._ended)
                 if not (self._offered or self._deleted):
                     return
                 home = next(iter(self._offered), None)
                 path = self._offered.pop(home) if home is not None else None
                 self._deleted = False
+                self._working = True
             try:
                 self._work(path)
             except Exception as error:
@@ -68,4 +77,3 @@ class Uploads:
         self._store.catch_up()
         if path is not None:
             self._store.upload(path.parent.name, path)
-            log.info("checkpoint copied", store=self._store.url, path=str(path))

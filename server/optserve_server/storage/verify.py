@@ -18,14 +18,15 @@ _DAMAGE = (Damaged, OSError, ValueError, KeyError, TypeError)
 class Finding:
     """A checkpoint, or a set without any, and what the journal has after it.
 
-    `set_id` is None, and so are `version` and `event`, if nothing says them. `unfinished` is the first event that a crash cut
-    short, which is no damage; `damage` is why a restart could not come back here.
+    `set_id` is None, and so are `version` and `event`, if nothing says them; `undone` is as in a State.
+    `unfinished` is the first event that a crash cut short, which is no damage; `damage` is why a restart could not come back here.
     """
 
     directory: Path
     set_id: str | None = None
     version: int | None = None
     event: int | None = None
+    undone: tuple[tuple[int, int], ...] = ()
     events: int = 0
     unfinished: int | None = None
     damage: str | None = None
@@ -58,10 +59,13 @@ def _set(home: Path, note: Callable[[int], None]) -> Iterator[Finding]:
     if not findings:
         yield _without(home)
         return
-    set_id = next((each.set_id for each in findings if each.set_id is not None), None)
+    set_id, undone = next(((each.set_id, each.undone) for each in findings if each.set_id is not None), (None, ()))
     for place, finding in enumerate(findings):
         after = checkpoint.event_of(finding.directory)
-        repeated = _journal(home, after, note if place + 1 == len(findings) else lambda nbytes: None)
+        until = min(
+            (last for _, last in undone if last >= after), default=None
+        )  # where history went back, it has a gap
+        repeated = _journal(home, after, until, note if place + 1 == len(findings) else lambda nbytes: None)
         if not finding.directory.exists():  # and its journal with it
             continue
         yield Finding(
@@ -69,6 +73,7 @@ def _set(home: Path, note: Callable[[int], None]) -> Iterator[Finding]:
             set_id=set_id,
             version=finding.version,
             event=after,
+            undone=undone,
             events=repeated.events,
             unfinished=repeated.unfinished,
             damage=finding.damage or repeated.damage,
@@ -88,22 +93,26 @@ def _checkpoint(path: Path, note: Callable[[int], None]) -> Finding:
             note(nbytes)
     except _DAMAGE as error:
         damage = _said(error)
-    return Finding(directory=path, set_id=state.spec.id, version=state.position.version, damage=damage)
+    return Finding(
+        directory=path, set_id=state.spec.id, version=state.position.version, undone=state.undone, damage=damage
+    )
 
 
-def _journal(home: Path, after: int, note: Callable[[int], None]) -> Finding:
-    """What the journal has after an event. Damage counts when it is found at the same place again: what is being written is
-    not there whole."""
+def _journal(home: Path, after: int, until: int | None, note: Callable[[int], None]) -> Finding:
+    """What the journal has after an event, until another if history went back then.
+
+    Damage counts when it is found at the same place again: what is being written is not there whole.
+    """
     finding, before = Finding(directory=home), None
     for _ in range(ATTEMPTS):
-        finding = _journal_once(home, after, note)
+        finding = _journal_once(home, after, until, note)
         if finding.damage is None or finding == before:
             break
         before, note = finding, lambda nbytes: None
     return finding
 
 
-def _journal_once(home: Path, after: int, note: Callable[[int], None]) -> Finding:
+def _journal_once(home: Path, after: int, until: int | None, note: Callable[[int], None]) -> Finding:
     events, unfinished, damage = 0, None, None
 
     def passed_over(path: Path, number: int) -> None:
@@ -111,10 +120,12 @@ def _journal_once(home: Path, after: int, note: Callable[[int], None]) -> Findin
         unfinished = number
 
     try:
-        for event in journal.read(home, after, passed_over):
+        for event in journal.read(home, after, passed_over) if after != until else ():
             events += 1
             if event.content is not None:
                 note(sum(memoryview(part).nbytes for each in event.content.received for part in each.data))
+            if event.number == until:
+                break
     except _DAMAGE as error:
         damage = f"journal: {_said(error)}"
     return Finding(directory=home, events=events, unfinished=unfinished, damage=damage)
@@ -122,7 +133,7 @@ def _journal_once(home: Path, after: int, note: Callable[[int], None]) -> Findin
 
 def _without(home: Path) -> Finding:
     """A set whose first checkpoint was never finished, which is no damage unless something happened to it since."""
-    finding = _journal(home, 0, lambda nbytes: None)
+    finding = _journal(home, 0, None, lambda nbytes: None)
     damage = finding.damage or (
         f"no checkpoint, but {finding.events} events in its journal" if finding.events else None
     )
