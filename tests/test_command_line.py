@@ -223,6 +223,28 @@ def test_an_end_of_the_journal_that_a_crash_cut_short_is_no_damage(sound: Path, 
     assert rows(verified.stdout)[0][2:] == ["0 events", "sound; event 5 was cut short, and is passed over"]
 
 
+@pytest.mark.parametrize("setting", ["off", "always"])
+def test_a_history_that_went_back_is_sound(tmp_path: Path, setting: str) -> None:
+    config = Config(listen="127.0.0.1:0", data_dir=tmp_path, checkpoints_kept=9)
+    with Server(config) as server, optserve.Client(server.address) as client:
+        weights = client.create_parameter_set("a", START, optim.Adam(), journal=setting)
+        for back in (1, 2):
+            for _ in range(2):
+                weights.push(ONES)
+                weights.checkpoint()
+            if setting == "always":
+                weights.push(ONES)
+            weights.rewind(back)
+            with pytest.raises(optserve.RolledBack):
+                weights.push(ONES)
+        weights.push(ONES)
+        verified = optserve_command("verify", str(tmp_path))
+    assert verified.returncode == 0, verified.stdout
+    assert [row[3] for row in rows(verified.stdout)] == ["sound"] * len(rows(verified.stdout))
+    after = [int(row[2].split()[0]) for row in rows(verified.stdout)]
+    assert (after[0], max(after)) == ((1, 3) if setting == "always" else (0, 0))
+
+
 def test_what_is_no_data_directory_is_said_so(tmp_path: Path) -> None:
     result = optserve_command("verify", str(tmp_path))
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

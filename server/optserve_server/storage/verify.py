@@ -19,7 +19,8 @@ class Finding:
     """A checkpoint, or a set without any, and what the journal has after it.
 
     `set_id` is None, and so are `version` and `event`, if nothing says them; `undone` is as in a State.
-    `unfinished` is the first event that a crash cut short, which is no damage; `damage` is why a restart could not come back here.
+    `unfinished` is the first event that a crash cut short, which is no damage; `damage` is why a restart could not come
+    back here.
     """
 
     directory: Path
