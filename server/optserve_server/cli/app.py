@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console, RenderableType
 
 import optserve
 from optserve_server.config import Config
@@ -14,6 +15,8 @@ from optserve_server.engine.rules import own
 app = typer.Typer(help="The optimizer step as a service.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 DEFAULT = Config()
+PATIENT = 3600.0  # seconds for a call that moves a whole set
+UNBOUNDED = 10_000  # columns
 
 Address = Annotated[str, typer.Option(envvar="OPTSERVE_ADDRESS", help="Where the server listens, host:port.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
@@ -22,6 +25,12 @@ Rules = Annotated[
     typer.Option("--rule", envvar="OPTSERVE_RULES", help="A Python file with rules of your own; may be repeated."),
 ]
 SetId = Annotated[str, typer.Argument(help="Id of a parameter set.", show_default=False)]
+
+
+def show(what: RenderableType) -> None:
+    """Print a table: as wide as the terminal, or for other programs as wide as it is."""
+    console = Console()
+    (console if console.is_terminal else Console(width=UNBOUNDED)).print(what)
 
 
 @contextmanager

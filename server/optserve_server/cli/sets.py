@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from optserve import optim
-from optserve_server.cli.app import DEFAULT, Address, Rules, SetId, Timeout, app, connected, load
+from optserve_server.cli.app import DEFAULT, PATIENT, Address, Rules, SetId, Timeout, app, connected, load, show
 
 CHANGES_SHOWN = 10
 
@@ -16,7 +16,9 @@ CHANGES_SHOWN = 10
 @app.command("list")
 def list_sets(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
     """List the parameter sets on a server, with the number of versions that are not on stable storage yet."""
-    table = Table("id", "rule", "version", "not durable", "journal", "tensors", "elements", "state")
+    table = Table(
+        Column("id", overflow="fold"), "rule", "version", "not durable", "journal", "tensors", "elements", "state"
+    )
     with connected(address, timeout) as client:
         for each in client.list_parameter_sets():
             table.add_row(
@@ -29,7 +31,7 @@ def list_sets(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> Non
                 f"{each.element_count:,}",
                 f"{each.state_bytes / 2**20:,.1f} MiB",
             )
-    Console().print(table)
+    show(table)
 
 
 @app.command()
@@ -45,7 +47,7 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
     groups = {tensor: group.name for group in description.groups for tensor in group.tensors}
     for tensor in description.spec.tensors:
         tensors.add_row(tensor.name, tensor.dtype.name, str(list(tensor.shape)), groups[tensor.name])
-    console.print(tensors)
+    show(tensors)
     for group in description.groups:
         console.print(f"{group.name}: {group.optimizer.rule}({_assignments(group.optimizer.hyperparameters)})")
         for name, schedule in group.schedules.items():
@@ -54,7 +56,7 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
         changes = Table("changed after version", "group", "to", title=f"the last of {len(description.changes)} changes")
         for change in description.changes[-CHANGES_SHOWN:]:
             changes.add_row(f"{change.version:,}", change.group, _assignments(change.values))
-        console.print(changes)
+        show(changes)
 
 
 @app.command("set")
@@ -72,6 +74,37 @@ def set_hyperparameters(
     with connected(address, timeout) as client, client.parameter_set(id) as weights:
         description = weights.update(group=group, **changes)
     print(f"{id}: {', '.join(changes)} changed after version {description.version}")
+
+
+@app.command()
+def rewind(
+    id: SetId,
+    version: Annotated[int, typer.Argument(help="The version to go back to.", show_default=False)],
+    address: Address = DEFAULT.listen,
+    timeout: Timeout = PATIENT,
+) -> None:
+    """Let a parameter set go back to an earlier version, for every worker."""
+    with connected(address, timeout) as client, client.parameter_set(id) as weights:
+        weights.rewind(version)
+    print(f"{id}: is what it was at version {version}")
+
+
+@app.command()
+def fork(
+    id: SetId,
+    new_id: Annotated[str, typer.Argument(help="Id of the new parameter set.", show_default=False)],
+    version: Annotated[int | None, typer.Option(help="Where to begin; by default where it is now.")] = None,
+    address: Address = DEFAULT.listen,
+    timeout: Timeout = PATIENT,
+) -> None:
+    """Create a parameter set from what another is, or was at an earlier version."""
+    with (
+        connected(address, timeout) as client,
+        client.parameter_set(id) as weights,
+        weights.fork(new_id, version) as new,
+    ):
+        begun = new.describe().version
+    print(f"{new_id}: begins at version {begun} of {id}")
 
 
 @app.command()

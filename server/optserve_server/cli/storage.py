@@ -4,19 +4,28 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import optserve
 from optserve._errors import InvalidArgument
-from optserve_server.cli.app import DEFAULT, Address, Rules, SetId, Timeout, app, connected, load, reported
+from optserve_server.cli.app import (
+    DEFAULT,
+    PATIENT,
+    Address,
+    Rules,
+    SetId,
+    Timeout,
+    app,
+    connected,
+    load,
+    reported,
+    show,
+)
 from optserve_server.cli.bars import byte_bar
 from optserve_server.storage import exports
 from optserve_server.storage.tensors import Damaged
 from optserve_server.storage.verify import Finding
 from optserve_server.storage.verify import verify as findings
-
-PATIENT = 3600.0  # seconds for a call that moves a whole set
 
 
 @app.command()
@@ -60,10 +69,10 @@ def verify(
     load(rules)
     with reported(OSError), byte_bar("reading") as progress:
         found = list(findings(directory, progress))
-    table = Table("id", "checkpoint", "journal", "state")
+    table = Table(Column("id", overflow="fold"), "checkpoint", "journal", "state")
     for each in found:
         table.add_row(each.set_id or each.directory.name, _checkpoint(each), f"{each.events:,} events", _state(each))
-    Console().print(table)
+    show(table)
     if any(each.damage is not None for each in found):
         raise typer.Exit(1)
 
