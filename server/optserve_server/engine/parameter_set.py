@@ -154,6 +154,7 @@ class ParameterSet:
             element_count=self._element_count,
             state_bytes=self.state_bytes,
             create_time=self.create_time,
+            journal=self.spec.journal,
         )
 
     def load(self, staging: Staging) -> None:
