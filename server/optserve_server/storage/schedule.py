@@ -49,8 +49,9 @@ class Schedule:
                     set_id = keeper.parameter_set.spec.id
                     try:
                         self._directory.checkpoint(set_id)
-                    except OptserveError as error:  # deleted since, for one; the next time will tell
-                        log.error("no checkpoint", parameter_set=set_id, reason=str(error))
+                    except Exception as error:  # deleted since, for one; the next time will tell
+                        unexpected = None if isinstance(error, OptserveError) else error
+                        log.error("no checkpoint", parameter_set=set_id, reason=str(error), exc_info=unexpected)
                         keeper.written_at = time.monotonic()
 
     def _sync(self) -> None:
@@ -60,3 +61,5 @@ class Schedule:
                     keeper.sync_if_due()
                 except OptserveError:  # the log has it, and who pushes will hear it
                     continue
+                except Exception as error:
+                    log.error("journal not synced", home=str(keeper.home), exc_info=error)

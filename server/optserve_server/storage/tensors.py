@@ -52,7 +52,11 @@ class Writer:
         self._tensors = list(tensors.values())
         self._checksums = [0] * len(self._tensors)
         self._file = File(path)
-        self._file.write([_header(dict(zip(self._names, self._tensors, strict=True)), metadata)])
+        try:
+            self._file.write([_header(dict(zip(self._names, self._tensors, strict=True)), metadata)])
+        except BaseException:
+            self._file.close()
+            raise
 
     def parts(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """All elements in order, in pieces, with the index of the tensor that they belong to."""
