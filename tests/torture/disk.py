@@ -44,6 +44,13 @@ class Grow(NamedTuple):
     size: int
 
 
+class Cut(NamedTuple):
+    """A file ends there."""
+
+    inode: Inode
+    size: int
+
+
 class Rename(NamedTuple):
     """Names of a directory that change at once: to what, None if they are gone, and from what."""
 
@@ -63,7 +70,7 @@ class Mark(NamedTuple):
     says: Any
 
 
-Entry = Write | Grow | Rename | Sync | Mark
+Entry = Write | Grow | Cut | Rename | Sync | Mark
 
 
 class Recorder:
@@ -89,6 +96,7 @@ class Recorder:
             "close": self._closed,
             "pwritev": self._written,
             "posix_fallocate": self._grown,
+            "ftruncate": self._cut,
             "fsync": self._synced,
             "fdatasync": self._synced,
             "rename": self._renamed,
@@ -148,6 +156,11 @@ class Recorder:
         original(descriptor, offset, size)
         if inode := self._open.get(descriptor):
             self.record.append(Grow(inode, offset + size))
+
+    def _cut(self, original: Any, descriptor: int, size: int) -> None:
+        original(descriptor, size)
+        if inode := self._open.get(descriptor):
+            self.record.append(Cut(inode, size))
 
     def _synced(self, original: Any, descriptor: int) -> None:
         if inode := self._open.get(descriptor):
@@ -214,7 +227,7 @@ class Chance:
                 return pending[: self._random.randint(0, len(pending))]
         return [change for change in pending if self._random.random() < 0.5]
 
-    def data(self, began: bytes, pending: Sequence[Write | Grow]) -> bytes:
+    def data(self, began: bytes, pending: Sequence[Write | Grow | Cut]) -> bytes:
         """What a file has: all up to some byte, or any sectors, each as it was at any time."""
         match self._chosen("first", "any"):
             case "nothing":
@@ -230,7 +243,7 @@ class Chance:
         return self._sectors([_written(began, pending[:count]) for count in range(len(pending) + 1)])
 
     def _sectors(self, versions: Sequence[bytes]) -> bytes:
-        smallest, largest = len(versions[0]), max(map(len, versions))
+        smallest, largest = min(map(len, versions)), max(map(len, versions))
         size = self._random.choice([smallest, largest, self._random.randint(smallest, largest)])
         data = bytearray(size)
         for begin in range(0, size, SECTOR):
@@ -255,7 +268,7 @@ def left(top: Inode, record: Sequence[Entry], point: int, chance: Chance | None)
     durable: dict[Inode, list[Any]] = {}
     pending: dict[Inode, list[Any]] = {}
     for place, entry in enumerate(record[:point]):
-        if isinstance(entry, Write | Grow | Rename):
+        if isinstance(entry, Write | Grow | Cut | Rename):
             which = pending if chance is not None and place > synced.get(entry.inode, -1) else durable
             which.setdefault(entry.inode, []).append(entry)
     files: Files = {}
@@ -310,9 +323,12 @@ def _apply(names: dict[str, Inode], change: Rename) -> None:
             names.pop(name, None)
 
 
-def _written(began: bytes, writes: Sequence[Write | Grow]) -> bytes:
+def _written(began: bytes, writes: Sequence[Write | Grow | Cut]) -> bytes:
     data = bytearray(began)
     for each in writes:
+        if isinstance(each, Cut):
+            del data[each.size :]
+            continue
         end = each.size if isinstance(each, Grow) else each.place + len(each.data)
         data.extend(bytes(max(0, end - len(data))))
         if isinstance(each, Write):

@@ -33,13 +33,14 @@ from optserve_server.storage.directory import DataDirectory
 
 Array = np.ndarray[Any, Any]
 
-GRAIN = 4096  # of journals here, so that they grow often
+GRAIN = 4096  # of journals here, so that they grow often, and some records are large
 SHAPES = {"w": (33, 7), "b": (5,)}
-TABLE = {"w": (33, 7), "b": (5,), "rows": (64, 3)}
+OTHERS = {"table": SHAPES | {"rows": (64, 3)}, "large": {"w": (33, 70), "b": (5,)}}
 
 SETS: dict[str, Mapping[str, Any]] = {
     "adam-always": {"optimizer": optim.Adam(lr=0.01), "journal": Journal.ALWAYS},
     "sgd-everysec": {"optimizer": optim.SGD(lr=0.01, momentum=0.9), "journal": Journal.EVERYSEC},
+    "large": {"optimizer": optim.AdamW(lr=0.01), "journal": Journal.ALWAYS},  # its records are written page by page
     "adam-off": {"optimizer": optim.Adam(lr=0.01), "journal": Journal.OFF},
     "rounds": {"optimizer": optim.SGD(lr=0.01), "journal": Journal.ALWAYS, "policy": Sync(workers=2)},
     "accumulated": {
@@ -80,7 +81,7 @@ class Machine:
 
     def create(self, kind: str) -> None:
         """Create the set of that kind; raises StorageFailed or ParameterSetExists."""
-        shapes = TABLE if kind == "table" else SHAPES
+        shapes = OTHERS.get(kind, SHAPES)
         tensors = tuple(TensorSpec(name, FLOAT32, shape) for name, shape in shapes.items())
         spec = ParameterSetSpec(kind, tensors, **SETS[kind])
         arrays = [gradient(spec, each.name, 0).reshape(-1) for each in spec.sent]

@@ -24,7 +24,7 @@ from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Event, Stored
 from optserve_server.storage import events, files
-from optserve_server.storage.files import File
+from optserve_server.storage.files import File, Pages
 from optserve_server.storage.tensors import Damaged
 
 log = structlog.get_logger()
@@ -60,8 +60,10 @@ class Journal:
         setting: Setting,
         stored: Callable[[Stored], None],
         fence: Callable[[], None],
+        pages: Pages,
     ) -> None:
         self._home = home
+        self._pages = pages
         self._fence = fence
         self._always = setting is Setting.ALWAYS
         self._stored = stored
@@ -87,13 +89,21 @@ class Journal:
     def append(self, new: Sequence[Event]) -> None:
         with self._changed:
             self._check()
+        if self._torn:  # what was written there might be read for what would be next
+            self._begin()
         file, size, checksum = self._file, self._file.size, self._checksum
         try:
             buffers = [buffer for event in new for buffer in self._record(event)]
-            end = file.size + sum(memoryview(buffer).nbytes for buffer in buffers)
+            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            end = file.size + nbytes + 2 * files.PAGE
             if end > file.reserved:
                 file.reserve(-(-end // GRAIN) * GRAIN)
-            file.write(buffers)
+            self._torn = True
+            if nbytes < GRAIN:
+                file.write(buffers)
+            else:
+                self._pages.write(file, buffers)
+            self._torn = False
         except BaseException as error:
             file.rewind(size)
             self._checksum = checksum
@@ -147,6 +157,11 @@ class Journal:
         if self._file.size > _SEGMENT_SIZE:
             self._begin()
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is acknowledged any more, if so."""
+        return self._failure
+
     def skip(self, last_event: int, version: int) -> None:
         """Let the next event be another, for a checkpoint leads there; raises StorageFailed."""
         with self._changed:
@@ -199,7 +214,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 files.remove(temporary)
             raise StorageFailed(f"no segment of the journal can be begun: {error}") from error
-        self._file, self._salt = file, salt
+        self._file, self._salt, self._torn = file, salt, False
         self._checksum = zlib.crc32(header)
         with self._changed:
             self._unsynced.append(self._file)
@@ -312,7 +327,8 @@ class Segment:
         with self._path.open("rb", buffering=0) as file:
             salt, _, checksum = self._opened(file)
             place, number = _SEGMENT_SIZE, self._first
-            while (header := _header(_read(file, place, _RECORD_SIZE), salt)) is not None and header.event == number:
+            while found := _record_at(file, place, salt, number):
+                place, header = found
                 payload = memoryview(_read(file, place + _RECORD_SIZE, header.size))
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
@@ -364,6 +380,15 @@ def _header(data: bytes, salt: int) -> Header | None:
     if len(data) < _RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
         return None
     return Header(*_RECORD.unpack_from(data)[1:])
+
+
+def _record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
+    """Where a record is and what it says of itself: there, or, since large ones do, where the next page begins."""
+    for begin in (place, -(-place // files.PAGE) * files.PAGE):
+        header = _header(_read(file, begin, _RECORD_SIZE), salt)
+        if header is not None and header.event == number:
+            return begin, header
+    return None
 
 
 def _read(file: Any, place: int, size: int) -> bytes:

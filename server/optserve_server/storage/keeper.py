@@ -1,6 +1,5 @@
 """Keepers: what keeps one set on stable storage, its checkpoints and its journal."""
 
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
-from optserve_server.storage.checkpoint import Draft, Part, Shadow, Shared
+from optserve_server.storage.checkpoint import LEAST_COPIED, Draft, Shadow, Shared
+from optserve_server.storage.files import Pages
 from optserve_server.storage.journal import Journal
 
 log = structlog.get_logger()
@@ -35,7 +35,13 @@ class Keeper:
     """Keeps one set. Every method may be called from any thread."""
 
     def __init__(
-        self, home: Path, parameter_set: ParameterSet, retention: Retention, shadow: Shadow, fence: Callable[[], None]
+        self,
+        home: Path,
+        parameter_set: ParameterSet,
+        retention: Retention,
+        fence: Callable[[], None],
+        shadow: Shadow,
+        pages: Pages,
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
@@ -56,6 +62,7 @@ class Keeper:
                 parameter_set.spec.journal,
                 lambda stored: self.parameter_set.stored(stored),
                 fence,
+                pages,
             )
             parameter_set.keep(self._journal)
             with parameter_set.frozen() as state:
@@ -65,6 +72,11 @@ class Keeper:
     def is_behind(self) -> bool:
         """Whether anything has happened since the last checkpoint."""
         return self.parameter_set.events != self._last_event
+
+    @property
+    def failure(self) -> str | None:
+        """Why the set acknowledges nothing until a restart, if so."""
+        return self._journal.failure if self._journal is not None else None
 
     def checkpoint(self, shared: Shared | None = None) -> None:
         """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts.
@@ -152,7 +164,7 @@ class Keeper:
             files.remove_directory(self.home)
 
     def _write(self, shared: Shared | None) -> State:
-        most_copied = int(self._retention.copied * self.parameter_set.state_bytes)
+        most_copied = LEAST_COPIED + int(self._retention.copied * self.parameter_set.state_bytes)
         self._shadow.reserve(most_copied)
         began = time.monotonic()
         with self.parameter_set.frozen() as state:
@@ -160,15 +172,16 @@ class Keeper:
             try:
                 if self._journal is not None:
                     self._journal.rotate()
-                now, later = _split(draft.parts(), most_copied)
-                draft.write(now)
-                later = self._shadow.copies(later)
+                *now, last = draft.batches(most_copied)
+                for batch in now:
+                    draft.write(self._shadow.copies(batch))
+                copies = self._shadow.copies(last)
             except BaseException:
                 draft.close()
                 raise
         stalled = time.monotonic() - began
         try:
-            draft.write(later)
+            draft.write(copies)
             draft.publish(self._fence)
         finally:
             draft.close()
@@ -187,11 +200,3 @@ class Keeper:
             files.remove_directory(old)
         kept = present[: self._retention.checkpoints]
         journal.remove_before(self.home, checkpoint.event_of(kept[-1]))
-
-
-def _split(parts: list[Part], most: int) -> tuple[list[Part], list[Part]]:
-    """The parts, so that the later ones have at most so many bytes."""
-    total = sum(part.size for _, _, part in parts)
-    sizes = itertools.accumulate((part.size for _, _, part in parts), initial=0)
-    first = next(place for place, size in enumerate(sizes) if total - size <= most)
-    return parts[:first], parts[first:]
