@@ -278,7 +278,7 @@ def test_the_threads_of_the_schedule_survive_what_they_do_not_expect(machine: Ma
         mock.patch.object(type(keeper), "sync_if_due", syncs),
         mock.patch.object(schedule, "WINDOW", 0.01),
     ):
-        running = Schedule(machine.directory, 0.01)
+        running = Schedule(machine.directory, 0.01, lambda: None)
         while checkpoints.call_count < 2 or syncs.call_count < 2:
             running.wake()
         running.close()

@@ -171,6 +171,27 @@ def test_a_disk_that_is_full_refuses_a_push_before_anything_changes_and_takes_th
     again.abandon()
 
 
+def test_what_a_failed_write_left_is_not_taken_for_the_event_that_came_instead(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """A small record is there whole though its write failed; a large one, which begins at a page of its own, comes next."""
+    machine.create("large")
+    write = files._write
+
+    def late(descriptor: int, buffers: Any, offset: int) -> int:
+        write(descriptor, buffers, offset)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with mock.patch.object(files, "_write", late), pytest.raises(StorageFailed):
+        machine.update("large", 0.5)
+    for seed in range(2):
+        machine.push("large", seed)
+    after = fingerprint(machine.state("large"))
+    again = restarted(machine, tmp_path)
+    assert fingerprint(again.state("large")) == after
+    again.abandon()
+
+
 def test_what_fails_while_an_event_is_encoded_leaves_the_journal_as_it_was(machine: Machine, tmp_path: Path) -> None:
     machine.create("adam-always")
     with mock.patch.object(files, "_write", side_effect=MemoryError), pytest.raises(MemoryError):

@@ -77,6 +77,7 @@ class Journal:
         self._sequences: dict[tuple[str, int], int] = {}
         self._syncing = False
         self._failure: str | None = None
+        self._torn = False  # whether a write has failed in the present segment
         self._unsynced: list[File] = []  # segments that came to their end; the last one is the present one
         for first, path in segments(home):
             if first > last_event:  # begun before a crash, and what came before it is gone

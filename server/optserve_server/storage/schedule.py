@@ -1,6 +1,5 @@
 """The schedule: threads that write checkpoints when they are due, and sync journals that may wait a little."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
