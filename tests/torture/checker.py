@@ -1,7 +1,7 @@
 """The checker: what ledgers say, against what the server has.
 
 Two sets make mistakes visible. In `sums`, push k of a client adds exactly 1.0 to an element that no other push touches, and to
-one that counts the client's pushes, so that a push that is lost, applied twice, or applied in part can be pointed at. In `adam`,
+one that counts the client's pushes, so that a push that is lost, applied twice or applied in part can be pointed at. In `adam`,
 whose updates depend on each other, the pushes in the order of their versions must lead to the server's parameters, bit for bit.
 """
 

@@ -26,23 +26,25 @@ def start(function: Callable[..., Any], *arguments: Any, wrong: str | None = Non
     return process
 
 
-def call(function: Callable[..., None], *arguments: Any, wrong: str | None = None) -> None:
-    """Call a function in a child and wait; raises AssertionError, with its traceback as text, if it did."""
+def call(function: Callable[..., Any], *arguments: Any, wrong: str | None = None) -> Any:
+    """What a function returns in a child; raises AssertionError if it did, or if the child ended otherwise."""
     here, there = CONTEXT.Pipe(duplex=False)
-    process = start(_report, function, arguments, there, wrong=wrong)
+    process = start(_answer, function, arguments, there, wrong=wrong)
     there.close()
-    failure = here.recv()
+    try:
+        failure, result = here.recv()
+    except EOFError:
+        failure, result = f"{function.__name__} ended without an answer; its traceback is above", None
     process.join()
     assert failure is None, failure
+    return result
 
 
-def _report(function: Callable[..., None], arguments: tuple[Any, ...], outcome: Connection) -> None:
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
     try:
-        function(*arguments)
+        answer.send((None, function(*arguments)))
     except AssertionError:
-        outcome.send(traceback.format_exc())
-    else:
-        outcome.send(None)
+        answer.send((traceback.format_exc(), None))
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], wrong: str | None) -> None:
