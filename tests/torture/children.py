@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,24 +26,25 @@ def start(function: Callable[..., Any], *arguments: Any, wrong: str | None = Non
 
 
 def call(function: Callable[..., Any], *arguments: Any, wrong: str | None = None) -> Any:
-    """What a function returns in a child; raises AssertionError if it did, or if the child ended otherwise."""
+    """What a function returns in a child; raises what it raises there."""
     here, there = CONTEXT.Pipe(duplex=False)
     process = start(_answer, function, arguments, there, wrong=wrong)
     there.close()
-    try:
-        failure, result = here.recv()
-    except EOFError:
-        failure, result = f"{function.__name__} ended without an answer; its traceback is above", None
+    with here:
+        error, result = here.recv()
     process.join()
-    assert failure is None, failure
+    if error is not None:
+        raise error
     return result
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
     try:
         answer.send((None, function(*arguments)))
-    except AssertionError:
-        answer.send((traceback.format_exc(), None))
+    except Exception as error:
+        answer.send((error, None))
+        if not isinstance(error, AssertionError):
+            raise  # so that its traceback is printed
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], wrong: str | None) -> None:

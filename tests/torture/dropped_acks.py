@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-import optserve
-from optserve import optim
 from tests.proxy import Proxy
 from tests.torture.children import Server, call
 from tests.torture.plain import Plain
 
+import optserve
+from optserve import optim
+
 SET_ID = "counts"
 WORKERS = 4
 DESCRIBED, OPENED, RECEIPT = 1, 1, 1  # messages of the server's that pass before the receipt that does not
+ALL = sys.maxsize
 
 
 class Pushed(NamedTuple):
@@ -80,7 +81,7 @@ def run(drops: int, directory: Path, *, wrong: str | None = None) -> Found:
 
 def push_with_sdk(address: str, name: str, pushes: int) -> Pushed:
     """Push, with every receipt dropped; it comes when the connection after it is opened."""
-    may_pass = itertools.chain([DESCRIBED + OPENED], itertools.repeat(OPENED))
+    may_pass = itertools.chain([DESCRIBED + OPENED], itertools.repeat(OPENED, pushes - 1), itertools.repeat(ALL))
     with (
         Proxy(address, answers=lambda: next(may_pass)) as proxy,
         optserve.Client(proxy.address, transport="stream") as client,
@@ -92,7 +93,7 @@ def push_with_sdk(address: str, name: str, pushes: int) -> Pushed:
 
 def push_with_stubs(address: str, name: str, pushes: int) -> Pushed:
     """Push, with every receipt dropped; it comes when the push is sent again."""
-    may_pass = itertools.chain([OPENED], itertools.repeat(OPENED + RECEIPT))
+    may_pass = itertools.chain([OPENED], itertools.repeat(OPENED + RECEIPT, pushes - 1), itertools.repeat(ALL))
     with Proxy(address, answers=lambda: next(may_pass)) as proxy, Plain(proxy.address, SET_ID, name) as worker:
         duplicates = sum(worker.push(k + 1, name, counting(pushes, k)).duplicate for k in range(pushes))
         return Pushed(proxy.dropped, duplicates)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 from tests.torture.checker import ADAM, SUMS, Findings, Shape, check
 from tests.torture.children import CONTEXT, Server, start
@@ -19,6 +20,7 @@ from tests.torture.ledger import Ledger
 from tests.torture.worker import work
 
 import optserve
+from optserve_server.storage.files import TEMPORARY
 
 LIVES = (0.05, 0.4)  # seconds that a server serves
 EARLY = 0.125  # of the kills come before it serves
@@ -28,18 +30,18 @@ WITHOUT_END = sys.maxsize
 
 
 class Workers:
-    """Worker processes, and their ledgers."""
+    """Worker processes, and their ledgers. With `checkpoints`, one of them asks for some."""
 
-    def __init__(self, address: str, shape: Shape, *, wrong: str | None = None) -> None:
+    def __init__(self, address: str, shape: Shape, *, checkpoints: bool, wrong: str | None = None) -> None:
         self._orders: list[Connection] = []
         for client in range(shape.clients):
             here, there = CONTEXT.Pipe()
-            start(work, address, shape, client, client == 0, there, wrong=wrong)
+            start(work, address, shape, client, checkpoints and client == 0, there, wrong=wrong)
             there.close()
             self._orders.append(here)
 
-    def push(self, count: int | None) -> None:
-        """Let each make so many pushes; None: no more."""
+    def push(self, count: int) -> None:
+        """Let each make so many pushes."""
         for orders in self._orders:
             orders.send(count)
 
@@ -49,12 +51,17 @@ class Workers:
         return {set_id: [each[set_id] for each in answers] for set_id in (SUMS, ADAM)}
 
     def stop(self) -> dict[str, list[Ledger]]:
-        """Let each finish the push that it is at, see the server as it is now on each handle, and end; take the ledgers."""
+        """Let each finish the push that it is at, and make one more on each handle, to see the server as it is now."""
         self.push(2)
         self.ledgers()  # of the order that was cut short
-        ledgers = self.ledgers()
-        self.push(None)
-        return ledgers
+        return self.ledgers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for orders in self._orders:
+            orders.close()
 
 
 @dataclass
@@ -65,7 +72,8 @@ class Run:
     journal: str
     clients: int
     seed: int
-    early_kills: int = 0
+    early_kills: int = 0  # before the server served
+    torn_checkpoints: int = 0  # that kills left half written
     seconds: float = 0.0
     findings: Findings = field(default_factory=Findings)
 
@@ -97,7 +105,7 @@ def run(kills: int, journal: str, clients: int, seed: int, directory: Path, *, w
         server = stack.enter_context(served(directory, wrong))
         server.wait()
         create(server.address, shape, journal)
-        workers = Workers(server.address, shape, wrong=wrong)
+        workers = stack.enter_context(Workers(server.address, shape, checkpoints=True, wrong=wrong))
         workers.push(WITHOUT_END)
         starting = 0.1  # seconds, in the mean
         for _ in range(kills):
@@ -110,6 +118,7 @@ def run(kills: int, journal: str, clients: int, seed: int, directory: Path, *, w
                 starting += (time.monotonic() - started - starting) / 10
                 time.sleep(randomness.uniform(*LIVES))
             server.kill()
+            done.torn_checkpoints += any(directory.rglob(f"*{TEMPORARY}"))
             server.start()
         server.wait()
         ledgers = workers.stop()

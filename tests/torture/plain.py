@@ -18,7 +18,7 @@ class Plain:
 
     def __init__(self, address: str, set_id: str, client_id: str) -> None:
         self._channel = grpc.insecure_channel(address, options=QUICK)
-        self._stub: Any = optimizer_service_pb2_grpc.OptimizerServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = optimizer_service_pb2_grpc.OptimizerServiceStub(self._channel)
         self._opening = step_pb2.Open(parameter_set_id=set_id, client_id=client_id)
         self._requests: Requests | None = None
         self._answers: Any = None
@@ -35,11 +35,17 @@ class Plain:
         while True:
             try:
                 self._open().put(request)
-                return next(self._answers).receipt
+                receipt: step_pb2.Receipt = next(self._answers).receipt
+                return receipt
             except grpc.RpcError as error:
                 self._end()
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise
+
+    @staticmethod
+    def reason(error: Any) -> str:
+        """The stable name of what a call was refused with."""
+        return dict(error.trailing_metadata()).get("optserve-reason", "")
 
     def _open(self) -> Requests:
         if self._requests is None:

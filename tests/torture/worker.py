@@ -85,13 +85,14 @@ class Worker:
 
 
 def work(address: str, shape: Shape, client: int, checkpoints: bool, orders: Connection) -> None:
-    """Follow orders until None: each is a number of pushes that a newer one cuts short, and is answered with the ledgers."""
+    """Follow orders while there are some: each is a number of pushes that a newer one cuts short, answered with the ledgers."""
     worker = Worker(address, shape, client)
-    while (pushes := orders.recv()) is not None:
-        for number in range(1, pushes + 1):
-            worker.push()
-            if checkpoints and number % CHECKPOINT_EVERY == 0:
-                worker.checkpoint()
-            if orders.poll():
-                break
-        orders.send(worker.ledgers)
+    with contextlib.suppress(EOFError):
+        while True:
+            for number in range(1, orders.recv() + 1):
+                worker.push()
+                if checkpoints and number % CHECKPOINT_EVERY == 0:
+                    worker.checkpoint()
+                if orders.poll():
+                    break
+            orders.send(worker.ledgers)

@@ -1,0 +1,73 @@
+"""Restarts at moments that are known, so that what must be there afterwards is known, too."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+from tests.torture.checker import ADAM, SUMS, Findings, Shape
+from tests.torture.kills import Workers, create, found, served
+from tests.torture.plain import Plain
+
+import optserve
+from optserve import optim
+
+CLIENTS, PUSHES = 2, 10  # each time; too few for one that is refused
+
+
+def run(journal: str, directory: Path, *, wrong: str | None = None) -> Findings:
+    """Workers push, a checkpoint is written, they push, the server is killed, they push again."""
+    shape = Shape(CLIENTS, capacity=3 * PUSHES)
+    with ExitStack() as stack:
+        server = stack.enter_context(served(directory, wrong))
+        server.wait()
+        create(server.address, shape, journal)
+        workers = stack.enter_context(Workers(server.address, shape, checkpoints=False, wrong=wrong))
+        workers.push(PUSHES)
+        workers.ledgers()
+        checkpoint(server.address, SUMS, ADAM)
+        workers.push(PUSHES)
+        workers.ledgers()
+        server.kill()
+        server.start()
+        server.wait()
+        workers.push(PUSHES)
+        return found(server.address, shape, workers.ledgers(), journal)
+
+
+def check(journal: str, directory: Path, *, wrong: str | None = None) -> None:
+    """Raises AssertionError if pushes are not there that should be, or are that should not."""
+    findings = run(journal, directory, wrong=wrong)
+    findings.check()
+    since_checkpoint = CLIENTS * PUSHES
+    assert findings.taken_back == (since_checkpoint if journal == "off" else 0), findings
+
+
+def checkpoint(address: str, *set_ids: str) -> None:
+    """Write sets to stable storage."""
+    with optserve.Client(address) as client:
+        for set_id in set_ids:
+            client.parameter_set(set_id).checkpoint()
+
+
+def check_that_counting_workers_are_told(directory: Path, *, wrong: str | None = None) -> None:
+    """A worker that counts its pushes by itself, and does not look at what the server says when a stream opens, is refused
+    when the server has lost some: else what comes after would hide the loss. Raises AssertionError if it is not."""
+    one = np.ones(1, np.float32)
+    with served(directory, wrong) as server:
+        server.wait()
+        with optserve.Client(server.address) as client:
+            client.create_parameter_set("counts", {"x": np.zeros(1, np.float32)}, optim.SGD(lr=1.0, maximize=True))
+        with Plain(server.address, "counts", "plain") as worker:
+            worker.push(1, "x", one)
+            checkpoint(server.address, "counts")
+            worker.push(2, "x", one)
+            server.kill()
+            server.start()
+            server.wait()
+            outcome = "push 3 was taken"
+            try:
+                worker.push(3, "x", one)
+            except grpc.RpcError as error:
+                outcome = Plain.reason(error)
+            assert outcome == "SEQUENCE_GAP", f"push 2 was lost, and then: {outcome}"
