@@ -110,12 +110,10 @@ class Contender:
 
     def fill(self, value: float) -> None:
         """Fill the whole state with a value."""
-        state = self.set.capture()
-        for slot in self.slots:
-            for array in state.arenas[slot].values():
-                array.fill(value)
-        self.set.restore(state)
-        self.session = self.set.open("bench", 0, self)
+        with self.set.frozen() as state:
+            for slot in self.slots:
+                for array in state.arenas[slot].values():
+                    array.fill(value)
 
     def step(self) -> None:
         """Guard and update."""

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from optserve._specification import Holds, ParameterSetSpec, as_arrays
 from optserve._transforms import PLAIN
 from optserve._wire import pack
 from optserve_server.engine.commit import Commit
+from optserve_server.engine.engine import Engine
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.threads import Threads
-from optserve_server.storage import record
+from optserve_server.storage import manifest
+from optserve_server.storage.directory import DataDirectory
 
 Array = np.ndarray[Any, Any]
 
@@ -72,7 +75,23 @@ class DirectSet:
         state = self.set.capture()
         other = copy.copy(self)
         other.set = ParameterSet(state.spec, incarnation=2, threads=self._threads)
-        other.set.restore(record.from_json(record.to_json(state), state.arenas))
+        entries = state.entries()
+        described = manifest.from_bytes(manifest.to_bytes(manifest.Manifest(state, {})))
+        other.set.restore(described.state.with_keys(state.key_arrays))
+        with other.set.frozen() as restored:
+            for name, arrays in restored.entries().items():
+                for tensor, array in arrays.items():
+                    array[...] = entries[name][tensor]
+        other.session = other.set.open("direct", self.session.epoch, other)
+        return other
+
+    def stored(self, path: Path) -> "DirectSet":
+        """Another set, from what this one leaves in a data directory."""
+        directory = DataDirectory(path)
+        directory.add(self.set).checkpoint()
+        directory.close()
+        other = copy.copy(self)
+        other.set = restored(path, self._threads.count)
         other.session = other.set.open("direct", self.session.epoch, other)
         return other
 
@@ -116,3 +135,12 @@ class DirectSet:
     def _views(self, tensors: Mapping[str, Array]) -> list[tuple[int, memoryview, int]]:
         arrays = as_arrays(tensors).values()
         return [(k, array.reshape(-1).view(np.uint8).data, array.itemsize) for k, array in enumerate(arrays)]
+
+
+def restored(path: Path, threads: int = 2) -> ParameterSet:
+    """The only set that a data directory has, as a server would bring it back."""
+    engine, directory = Engine(threads), DataDirectory(path)
+    directory.restore(engine)
+    directory.close()
+    (parameter_set,) = engine.list()
+    return parameter_set

@@ -15,7 +15,6 @@ from optserve._messages import decode_spec, encode_spec
 from optserve._specification import ParameterSetSpec, Run, TensorSpec
 from optserve_server.engine.push import Declared
 from optserve_server.engine.slot_formats import code_book
-from optserve_server.storage.directory import DataDirectory
 
 Array = np.ndarray[Any, Any]
 
@@ -138,14 +137,7 @@ class TestBits:
 
     @encoded
     def test_a_checkpoint_on_disk_keeps_all(self, state: StateFormat, tmp_path: Path) -> None:
-        direct = run(state, gradients(2))
-        directory = DataDirectory(tmp_path)
-        directory.write(direct.set.capture())
-        (read,) = directory.read_all()
-        directory.close()
-        restored = direct.restored()
-        restored.set.restore(read)
-        restored.session = restored.set.open("direct", restored.session.epoch, restored)
+        restored = run(state, gradients(2)).stored(tmp_path)
         restored.push(gradients(3)[2])
         assert_same(restored, run(state, gradients(3)))
 

@@ -126,7 +126,7 @@ def test_an_export_is_counted_as_bytes_in_flight() -> None:
     values = engine.stage(spec.tensors)
     values.add([Run(0, 0, 3)], np.ones(3).tobytes())
     values.finish()
-    engine.create(spec, values, exist_ok=False)
+    engine.add(engine.create(spec, values))
     request = pb.ExportParameterSetRequest(id="a")
     first = service.call("ExportParameterSet", request)
     next(first)

@@ -16,7 +16,6 @@ from direct import DirectSet
 from optimizer_table import swats
 from optserve import TensorSpec, optim
 from optserve_server.engine.rules import rule_for
-from optserve_server.storage.directory import DataDirectory
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
@@ -128,19 +127,13 @@ def test_each_group_has_a_memory_of_its_own(optimizer: optim.Optimizer) -> None:
 @pytest.mark.parametrize("at", [2, 15])
 def test_a_checkpoint_in_the_middle_changes_no_bit(optimizer: optim.Optimizer, at: int, tmp_path: Path) -> None:
     whole, resumed = (DirectSet(tensors(0, dtype=np.float32), optimizer) for _ in range(2))
-    directory = DataDirectory(tmp_path)
     for k, each in enumerate(gradients(np.float32)):
         if k == at:
-            resumed = resumed.restored()
-            directory.write(resumed.set.capture())
-            (state,) = directory.read_all()
-            resumed.set.restore(state)
-            resumed.session = resumed.set.open("direct", resumed.session.epoch, resumed)
+            resumed = resumed.restored().stored(tmp_path)
         if k % 7 == 5:
             del each["vector"]
         push(whole, each)
         push(resumed, each)
-    directory.close()
     assert_same_bits(whole.pull(), resumed.pull())
 
 

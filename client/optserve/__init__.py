@@ -37,6 +37,7 @@ from optserve._errors import (
     ServerUnavailable,
     SessionSuperseded,
     SpecificationMismatch,
+    StorageFailed,
     TensorMismatch,
     UnknownRule,
 )
@@ -54,7 +55,7 @@ from optserve._results import (
     Summary,
 )
 from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
-from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._state import Accumulation, State
 from optserve._transforms import (
     EMA,
@@ -99,6 +100,7 @@ __all__ = [
     "InvalidState",
     "InvalidTensor",
     "InvalidTransform",
+    "Journal",
     "Lookahead",
     "MessageOrder",
     "NoDataDirectory",
@@ -132,6 +134,7 @@ __all__ = [
     "SpecificationMismatch",
     "State",
     "StateFormat",
+    "StorageFailed",
     "Summary",
     "Sync",
     "Table",

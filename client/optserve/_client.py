@@ -18,6 +18,7 @@ from optserve._retry import retried
 from optserve._rows import Initial, Table, as_mapping
 from optserve._specification import (
     Holds,
+    Journal,
     ParameterSetSpec,
     StateFormat,
     TensorSpec,
@@ -68,6 +69,7 @@ class Client:
         policy: Policy = ASYNC,
         transforms: Transforms = PLAIN,
         state: StateFormat | str = StateFormat.FULL,
+        journal: Journal | str = Journal.OFF,
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -81,11 +83,14 @@ class Client:
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
         says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
         `transforms` are what happens around the rule: clipping, accumulation, averages. `state="bfloat16"` and `"int8"` keep
-        averages of gradients and of their squares in 2 bytes an element, or in about 1. With `exist_ok`, attach to an existing
-        set of the same specification, whose values stay as they are. `client_id` and the formats are as in `parameter_set`.
+        averages of gradients and of their squares in 2 bytes an element, or in about 1. `journal` says what of a push survives
+        a crash: what the last checkpoint has ("off"); all but a second of acknowledged pushes, if the machine fails
+        ("everysec"); every acknowledged push ("always"); the last two need a server with a data directory. With `exist_ok`,
+        attach to an existing set of the same specification, whose values stay as they are. `client_id` and the formats are as
+        in `parameter_set`.
 
-        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy,
-        InvalidTransform, InvalidState, NonFiniteValue, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
+        Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy, InvalidTransform, InvalidState,
+        NonFiniteValue, NoDataDirectory, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
         choice, holds = Choice(self._via, push_format, pull_format), Holds(holds)
         outline, initial = None, dict[str, Initial]()
@@ -109,7 +114,17 @@ class Client:
         if not isinstance(optimizer, Optimizer):
             raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
         spec = ParameterSetSpec(
-            id, specs, optimizer, tuple(groups), holds, guard, policy, transforms, StateFormat(state), initial
+            id,
+            specs,
+            optimizer,
+            tuple(groups),
+            holds,
+            guard,
+            policy,
+            transforms,
+            StateFormat(state),
+            initial,
+            Journal(journal),
         )
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         if outline is not None:

@@ -28,7 +28,8 @@ OptserveError
 ├── ServerBusy                     try again later; the SDK does
 │   └── RoundIncomplete            too few workers pushed in time for a synchronous update
 ├── ServerUnavailable              no connection; the SDK tries again
-│   └── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
+│   ├── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
+│   └── StorageFailed              the server's disk refused; nothing is acknowledged that is not there
 ├── RolledBack                     the server came back without pushes that it had acknowledged
 ├── OutcomeUnknown                 a push was sent, its receipt never came
 ├── DeadlineExceeded
@@ -200,6 +201,10 @@ class ServerUnavailable(OptserveError, ConnectionError):
 
 class ServerDraining(ServerUnavailable):
     """The server is about to stop and took nothing of this in; the same request may succeed once it is back."""
+
+
+class StorageFailed(ServerUnavailable):
+    """The server could not write to its disk and acknowledges nothing that is not there; the SDK tries again."""
 
 
 class RolledBack(OptserveError):

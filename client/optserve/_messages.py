@@ -19,8 +19,8 @@ from optserve._errors import (
 )
 from optserve._policies import Async, Policy, Sync
 from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
-from optserve._rows import Constant, Initial, Normal, Uniform
-from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._rows import Constant, Indices, Initial, Normal, Uniform, decode_rows, encode_rows
+from optserve._specification import Holds, Journal, ParameterSetSpec, StateFormat, TensorSpec
 from optserve._state import MOST, Outline, Part
 from optserve._transforms import (
     EMA,
@@ -57,6 +57,11 @@ _STATES = {
     StateFormat.FULL: parameter_set_pb2.STATE_FORMAT_FULL,
     StateFormat.BFLOAT16: parameter_set_pb2.STATE_FORMAT_BFLOAT16,
     StateFormat.INT8: parameter_set_pb2.STATE_FORMAT_INT8,
+}
+_JOURNALS = {
+    Journal.OFF: parameter_set_pb2.JOURNAL_OFF,
+    Journal.EVERYSEC: parameter_set_pb2.JOURNAL_EVERYSEC,
+    Journal.ALWAYS: parameter_set_pb2.JOURNAL_ALWAYS,
 }
 
 _DTYPES = {
@@ -224,6 +229,29 @@ def decode_format(encoding: tensor_pb2.Encoding, fraction: float) -> Format | No
     return TopK(fraction) if kind is TopK else cast("type[Format]", kind)()
 
 
+def encode_pushed_tensor(
+    spec: TensorSpec, *, is_parameter: bool, format: Format | None, rows: Indices | None
+) -> step_pb2.PushedTensor:
+    """A tensor that is pushed as a message."""
+    role = step_pb2.ROLE_PARAMETER if is_parameter else step_pb2.ROLE_GRADIENT
+    encoding, fraction = encode_format(format)
+    (tensor,) = encode_tensors([spec])
+    encoded = encode_rows(rows) if rows is not None else None
+    return step_pb2.PushedTensor(spec=tensor, role=role, encoding=encoding, fraction=fraction, rows=encoded)
+
+
+def decode_pushed_tensor(message: step_pb2.PushedTensor) -> tuple[TensorSpec, bool, Format | None, Indices | None]:
+    """Specification of a tensor that is pushed, whether it is a parameter, its format and its rows; raises InvalidArgument."""
+    if message.role not in (step_pb2.ROLE_UNSPECIFIED, step_pb2.ROLE_GRADIENT, step_pb2.ROLE_PARAMETER):
+        raise InvalidArgument(f"expected a role of 0, 1 or 2; got {message.role}")
+    return (
+        decode_tensor(message.spec),
+        message.role == step_pb2.ROLE_PARAMETER,
+        decode_format(message.encoding, message.fraction),
+        decode_rows(message.rows) if message.HasField("rows") else None,
+    )
+
+
 def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
     """A parameter set's specification as a message."""
     return parameter_set_pb2.ParameterSetSpec(
@@ -242,6 +270,7 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         transforms=_encode_transforms(spec.transforms),
         tables={name: _encode_initial(initial) for name, initial in spec.tables.items()},
         state=_STATES[spec.state],
+        journal=_JOURNALS[spec.journal],
     )
 
 
@@ -260,6 +289,7 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         transforms=_decode_transforms(message.transforms),
         tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
         state=_decode_state(message.state),
+        journal=_decode_journal(message.journal),
     )
 
 
@@ -594,3 +624,12 @@ def _decode_state(value: int) -> StateFormat:
         if number == value:
             return state
     raise InvalidArgument(f"expected state to be 0, 1, 2 or 3; got {value}")
+
+
+def _decode_journal(value: int) -> Journal:
+    if value == parameter_set_pb2.JOURNAL_UNSPECIFIED:
+        return Journal.OFF
+    for journal, number in _JOURNALS.items():
+        if number == value:
+            return journal
+    raise InvalidArgument(f"expected journal to be 0, 1, 2 or 3; got {value}")

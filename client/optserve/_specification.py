@@ -48,6 +48,18 @@ class StateFormat(enum.Enum):
         raise InvalidArgument(f"expected state to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
 
 
+class Journal(enum.Enum):
+    """What makes pushes durable between checkpoints: nothing, a journal synced every second, or before each receipt."""
+
+    OFF = "off"
+    EVERYSEC = "everysec"
+    ALWAYS = "always"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise InvalidArgument(f"expected journal to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
+
+
 def check_set_id(value: str) -> str:
     """Return a parameter set's id such as `digits/mlp`; raises InvalidName if it is ill-formed."""
     if len(value) > 512 or not all(_COMPONENT.fullmatch(component) for component in value.split("/")):
@@ -135,6 +147,7 @@ class ParameterSetSpec:
     transforms: Transforms = PLAIN
     state: StateFormat = StateFormat.FULL
     tables: Mapping[str, Initial] = field(default_factory=dict)
+    journal: Journal = Journal.OFF
 
     def __post_init__(self) -> None:
         check_set_id(self.id)

@@ -44,6 +44,16 @@ def serve(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="OPTSERVE_DATA_DIR", help="Where checkpoints are kept; without, memory only.")
     ] = None,
+    checkpoint_interval: Annotated[
+        float, typer.Option(help="Seconds between checkpoints of a set that changes.")
+    ] = DEFAULT.checkpoint_interval,
+    checkpoints_kept: Annotated[
+        int, typer.Option(help="Checkpoints of each set that are kept, with the journal since the oldest.")
+    ] = DEFAULT.checkpoints_kept,
+    checkpoint_copy: Annotated[
+        float,
+        typer.Option(help="Part of a set's state that may be copied while it is written; steps wait for the rest."),
+    ] = DEFAULT.checkpoint_copy,
     rules: Rules = None,
     threads: Annotated[int | None, typer.Option(help="Threads for updates; by default one for each processor.")] = None,
     max_streams: Annotated[int, typer.Option(help="Workers that may be connected at a time.")] = DEFAULT.max_streams,
@@ -72,6 +82,9 @@ def serve(
         config = Config(
             listen=listen,
             data_dir=data_dir,
+            checkpoint_interval=checkpoint_interval,
+            checkpoints_kept=checkpoints_kept,
+            checkpoint_copy=checkpoint_copy,
             rules=tuple(rules or ()),
             threads=threads,
             max_streams=max_streams,

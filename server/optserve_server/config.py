@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from optserve_server.storage.keeper import Retention
+
 LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 
@@ -13,7 +15,10 @@ class Config:
 
     `listen` is `host:port`, `[ipv6]:port` or `unix:/path`; port 0 takes a free one. There is no authentication yet:
     listen beyond loopback only on a network that you trust. `data_dir` is where state is kept over restarts; None keeps
-    it in memory only. `rules` are Python files that define rules of your own. `threads` is how many run the update loops
+    it in memory only. Every `checkpoint_interval` seconds, and at the end, each set that has changed is written there;
+    `checkpoints_kept` are kept of each, the older ones in case that the newest is damaged, or to go back to. `checkpoint_copy`
+    is the part of a set's state that is copied so that steps go on meanwhile: less takes less memory, and lets one step wait.
+    `rules` are Python files that define rules of your own. `threads` is how many run the update loops
     (None: one for each processor). `max_streams` bounds the workers connected at a time, each of which costs a thread;
     `max_bytes_in_flight` the gradients and initial values that are being received at a time, beyond which workers are told to
     try again. `max_shared_memory` bounds the bytes that workers on this host may hold for gradients in memory shared with the
@@ -23,6 +28,9 @@ class Config:
 
     listen: str = "127.0.0.1:50051"
     data_dir: Path | None = None
+    checkpoint_interval: float = 300.0
+    checkpoints_kept: int = 2
+    checkpoint_copy: float = 1.0
     rules: tuple[Path, ...] = ()
     threads: int | None = None
     max_streams: int = 1024
@@ -36,6 +44,12 @@ class Config:
             raise ValueError(f"expected listen as host:port, [ipv6]:port or unix:/path; got {self.listen!r}")
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", Path(os.fspath(self.data_dir)))
+        if self.checkpoint_interval <= 0:
+            raise ValueError(f"expected a checkpoint interval above 0 seconds; got {self.checkpoint_interval}")
+        if self.checkpoints_kept < 2:
+            raise ValueError(f"expected at least 2 checkpoints to be kept; got {self.checkpoints_kept}")
+        if not 0 <= self.checkpoint_copy <= 1:
+            raise ValueError(f"expected a part of the state from 0 to 1 to be copied; got {self.checkpoint_copy}")
         if isinstance(self.rules, (str, os.PathLike)):
             raise ValueError(f"expected rules as a sequence of files; got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(Path(os.fspath(path)) for path in self.rules))
@@ -51,6 +65,11 @@ class Config:
             raise ValueError(f"expected an upload timeout above 0 seconds; got {self.upload_timeout}")
         if self.grace < 0:
             raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
+
+    @property
+    def retention(self) -> Retention:
+        """How checkpoints are made and kept."""
+        return Retention(self.checkpoints_kept, self.checkpoint_copy)
 
     @property
     def is_local(self) -> bool:

@@ -27,6 +27,7 @@ from optserve_server.service import OptimizerService
 from optserve_server.shared_memory import SharedMemory, shareable
 from optserve_server.stalls import Stalls
 from optserve_server.storage.directory import DataDirectory
+from optserve_server.storage.schedule import Schedule
 
 log = structlog.get_logger()
 
@@ -62,7 +63,7 @@ class Server:
             acquired.callback(self._engine.close)
             self._stalls = Stalls(config.upload_timeout)
             acquired.callback(self._stalls.close)
-            self._storage = DataDirectory(config.data_dir) if config.data_dir is not None else None
+            self._storage = DataDirectory(config.data_dir, config.retention) if config.data_dir is not None else None
             if self._storage is not None:
                 acquired.callback(self._storage.close)
             self._service = OptimizerService(
@@ -80,13 +81,15 @@ class Server:
         self._stopping = threading.Lock()
 
     def start(self) -> Self:
-        """Restore what the data directory has, then serve."""
+        """Restore what the data directory has, saying so to who asks, then serve."""
         try:
-            self._restore()
+            self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_RESTORING)
             self._grpc.start()
+            self._restore()
         except BaseException:
             self._acquired.close()
             raise
+        self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_SERVING)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", address=self.address)
         if not self.config.is_local:
@@ -103,6 +106,7 @@ class Server:
         grace = self.config.grace if grace is None else grace
         with self._acquired:
             self._health.enter_graceful_shutdown()
+            self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_DRAINING)
             self._service.streams.close()
             self._service.pushes.close()
             self._engine.drain()
@@ -133,14 +137,15 @@ class Server:
     def _restore(self) -> None:
         if self._storage is None:
             return
-        for state in self._storage.read_all():
-            try:
-                restored = self._engine.restore(state)
-            except Exception as error:
-                log.error("not restored", parameter_set=state.spec.id, exc_info=error)
-                self._storage.keep(state.spec.id, str(error))
-            else:
-                log.info("restored", parameter_set=restored.spec.id, version=restored.position.version)
+        restoring = pb.PHASE_RESTORING
+
+        def note(read: int, total: int) -> None:
+            self._service.status = pb.GetServerStatusResponse(phase=restoring, bytes_read=read, bytes_total=total)
+
+        self._storage.restore(self._engine, note)
+        schedule = Schedule(self._storage, self.config.checkpoint_interval)
+        self._acquired.callback(schedule.close)
+        self._service.schedule = schedule
 
     def _bind(self, listen: str) -> str:
         try:

@@ -1,5 +1,6 @@
 """The service: decode, call the engine, encode. Errors are raised; `interceptor` turns them into status codes."""
 
+import contextlib
 import itertools
 import sys
 import threading
@@ -9,7 +10,15 @@ from typing import Any
 import structlog
 
 from optserve import optim
-from optserve._errors import InvalidChunk, InvalidPolicy, InvalidTensor, MessageOrder, NoDataDirectory
+from optserve._errors import (
+    InvalidChunk,
+    InvalidPolicy,
+    InvalidTensor,
+    MessageOrder,
+    NoDataDirectory,
+    ServerUnavailable,
+    StorageFailed,
+)
 from optserve._messages import (
     decode_changes,
     decode_outline,
@@ -23,7 +32,7 @@ from optserve._messages import (
     encode_value,
 )
 from optserve._policies import Sync
-from optserve._specification import Holds, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec, TensorSpec
 from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -39,6 +48,7 @@ from optserve_server.shared_memory import SharedMemory
 from optserve_server.stalls import Watch
 from optserve_server.step import StepStream
 from optserve_server.storage.directory import DataDirectory
+from optserve_server.storage.schedule import Schedule
 
 CreationFrames = Iterable[Frame[pb.CreateParameterSetRequest]]
 ExportFrames = Iterator[Frame[pb.ExportParameterSetResponse]]
@@ -74,18 +84,34 @@ class OptimizerService:
             "UpdateParameterSet": self.update_parameter_set,
             "DeleteParameterSet": self.delete_parameter_set,
             "CheckpointParameterSet": self.checkpoint_parameter_set,
+            "GetServerStatus": self.get_server_status,
             "ListRules": self.list_rules,
         }
+        self.schedule: Schedule | None = None
+        self.status = pb.GetServerStatusResponse(phase=pb.PHASE_SERVING)
 
     def call(self, method: str, request: Any) -> Any:
         """Call a method that is not Step, by its name in the contract; one that answers with a stream gives its frames."""
+        if method != "GetServerStatus":
+            self._check_serving()
         return self._methods[method](request)
 
     def step(self, frames: Iterator[Frame[StepRequest]], watch: Watch | None = None) -> Generator[Frame[StepResponse]]:
         """Serve one Step stream."""
+        self._check_serving()
         with self.streams.room():
             stream = StepStream(self._engine, self.pushes, watch or Watch(), self._shared_memory)
             yield from stream.serve(frames)
+
+    def _check_serving(self) -> None:
+        status = self.status
+        if status.phase == pb.PHASE_RESTORING:
+            raise ServerUnavailable(
+                f"the server is restoring: {status.bytes_read:,} of {status.bytes_total:,} bytes read; try again later"
+            )
+
+    def get_server_status(self, request: pb.GetServerStatusRequest) -> pb.GetServerStatusResponse:
+        return self.status
 
     def create_parameter_set(self, frames: CreationFrames) -> pb.CreateParameterSetResponse:
         with self.streams.room():  # an upload is a stream, and occupies a thread as one
@@ -102,6 +128,10 @@ class OptimizerService:
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
         if self._storage is not None:
             self._storage.check_free(spec.id)
+        elif spec.journal is not Journal.OFF:
+            raise NoDataDirectory(
+                f"parameter set {spec.id!r}: expected a server started with --data-dir, for a journal; this one has none"
+            )
         self._engine.check(spec)
         self._engine.check_room(spec)
         self._check_policy(spec)
@@ -112,8 +142,32 @@ class OptimizerService:
             start, tensors = outlines.start(spec, outline), outline.elements(spec.tensors)
         with self.pushes.room(max(1, sum(tensor.nbytes for tensor in tensors))):
             values = self._receive(tensors, first, frames)
-            made, created = self._engine.create(spec, values, start, exist_ok=exist_ok)
+            made, created = self._add(self._engine.create(spec, values, start), exist_ok=exist_ok)
         return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
+
+    def _add(self, created: ParameterSet, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
+        """Let a set be here, and durable if it is to be, unless there is one of its id by now."""
+        spec = created.spec
+        with self._storing:
+            if present := self._engine.existing(spec, exist_ok=exist_ok):
+                return present, False
+            if self._storage is not None:
+                self._keep(self._storage, created)
+            self._engine.add(created)
+        if self.schedule is not None:
+            self.schedule.wake()
+        return created, True
+
+    def _keep(self, storage: DataDirectory, created: ParameterSet) -> None:
+        set_id = created.spec.id
+        try:
+            storage.add(created)
+            if created.spec.journal is not Journal.OFF:
+                storage.checkpoint(set_id)  # from which the journal goes on
+        except (OSError, StorageFailed) as error:
+            with contextlib.suppress(OSError):
+                storage.delete(set_id)
+            raise StorageFailed(f"parameter set {set_id!r} was not created: {error}") from error
 
     def _check_policy(self, spec: ParameterSetSpec) -> None:
         """Raises InvalidPolicy if a round's pushes could never all be here."""
@@ -175,24 +229,19 @@ class OptimizerService:
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
         parameter_set = self._engine.get(request.id)
-        self._checkpoint(parameter_set)
+        if self._storage is None:
+            raise NoDataDirectory("expected a server started with --data-dir; this one keeps everything in memory only")
+        self._storage.checkpoint(request.id)
         return pb.CheckpointParameterSetResponse(position=encode_position(parameter_set.position))
 
     def checkpoint_all(self) -> None:
         """Write every set that can be written; without a data directory, nothing."""
         for parameter_set in self._engine.list() if self._storage is not None else ():
             try:
-                self._checkpoint(parameter_set)
+                assert self._storage is not None
+                self._storage.checkpoint(parameter_set.spec.id)
             except Exception as error:
                 log.error("not written", parameter_set=parameter_set.spec.id, exc_info=error)
-
-    def _checkpoint(self, parameter_set: ParameterSet) -> None:
-        if self._storage is None:
-            raise NoDataDirectory("expected a server started with --data-dir; this one keeps everything in memory only")
-        with self._storing:
-            state = parameter_set.capture()
-            self._storage.write(state)
-            parameter_set.made_durable(state.position.version)
 
     def list_rules(self, request: pb.ListRulesRequest) -> pb.ListRulesResponse:
         return pb.ListRulesResponse(rules=[_describe(each) for each in known()])

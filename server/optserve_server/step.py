@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
     decode_changes,
-    decode_format,
     decode_position,
+    decode_pushed_tensor,
     decode_smaller_dtype,
-    decode_tensor,
     encode_position,
     encode_receipt,
     encode_tensors,
@@ -112,7 +111,7 @@ class StepStream:
         if self._push is not None:
             raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
         if message.tensors:
-            self._declared = [_decode_declared(each) for each in message.tensors]
+            self._declared = [Declared(*decode_pushed_tensor(each)) for each in message.tensors]
             check_count(each.rows for each in self._declared if each.rows is not None)
         self._push = parameter_set.begin(
             message.sequence,
@@ -249,14 +248,3 @@ def _rows(parameter_set: ParameterSet, pull: step_pb2.Pull) -> dict[int, Indices
         raise InvalidTensor(f"expected the rows of each tensor once in a pull; {len(pull.rows)} came of {len(rows)}")
     check_count(rows.values())
     return dict(parameter_set.check_pull(pull.tensors, rows, evaluation=pull.evaluation))
-
-
-def _decode_declared(message: step_pb2.PushedTensor) -> Declared:
-    if message.role not in (step_pb2.ROLE_UNSPECIFIED, step_pb2.ROLE_GRADIENT, step_pb2.ROLE_PARAMETER):
-        raise InvalidArgument(f"expected a role of 0, 1 or 2; got {message.role}")
-    return Declared(
-        decode_tensor(message.spec),
-        message.role == step_pb2.ROLE_PARAMETER,
-        decode_format(message.encoding, message.fraction),
-        decode_rows(message.rows) if message.HasField("rows") else None,
-    )

@@ -4,12 +4,24 @@ from optserve.v1 import state_pb2 as _state_pb2
 from optserve.v1 import step_pb2 as _step_pb2
 from optserve.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_RESTORING: _ClassVar[Phase]
+    PHASE_SERVING: _ClassVar[Phase]
+    PHASE_DRAINING: _ClassVar[Phase]
+PHASE_UNSPECIFIED: Phase
+PHASE_RESTORING: Phase
+PHASE_SERVING: Phase
+PHASE_DRAINING: Phase
 
 class CreateParameterSetRequest(_message.Message):
     __slots__ = ("spec", "exist_ok", "chunk", "state")
@@ -106,6 +118,20 @@ class CheckpointParameterSetResponse(_message.Message):
     POSITION_FIELD_NUMBER: _ClassVar[int]
     position: _parameter_set_pb2.Position
     def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ...) -> None: ...
+
+class GetServerStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerStatusResponse(_message.Message):
+    __slots__ = ("phase", "bytes_read", "bytes_total")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    bytes_read: int
+    bytes_total: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., bytes_read: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
 
 class ListRulesRequest(_message.Message):
     __slots__ = ()

@@ -74,6 +74,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.FromString,
                 _registered_method=True)
+        self.GetServerStatus = channel.unary_unary(
+                '/optserve.v1.OptimizerService/GetServerStatus',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.FromString,
+                _registered_method=True)
         self.ListRules = channel.unary_unary(
                 '/optserve.v1.OptimizerService/ListRules',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListRulesRequest.SerializeToString,
@@ -98,7 +103,7 @@ class OptimizerServiceServicer(object):
         Requests: the first names the specification, and the state if there is one; then chunks, until every element has come; then the end of the stream.
         A set comes into being whole, at the end, or not at all.
         Errors: INVALID_ARGUMENT (specification, state, chunks, non-finite values), ALREADY_EXISTS (see exist_ok),
-        FAILED_PRECONDITION (exists with another specification).
+        FAILED_PRECONDITION (exists with another specification; a journal without a data directory), UNAVAILABLE (the disk refused).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,7 +150,14 @@ class OptimizerServiceServicer(object):
 
     def CheckpointParameterSet(self, request, context):
         """Writes a set to stable storage now.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (the server has no data directory), INTERNAL (the disk refused; nothing lost).
+        Errors: NOT_FOUND, FAILED_PRECONDITION (the server has no data directory), UNAVAILABLE (the disk refused; nothing lost).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerStatus(self, request, context):
+        """Says whether the server serves yet, and if not, how far it has come. Answered from the start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +219,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.CheckpointParameterSet,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.SerializeToString,
+            ),
+            'GetServerStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerStatus,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.SerializeToString,
             ),
             'ListRules': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRules,
@@ -412,6 +429,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/CheckpointParameterSet',
             optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/GetServerStatus',
+            optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,7 +14,8 @@ from optserve_server.engine.snapshot import Snapshot
 class Commit:
     """A finished push that waits to be applied, and in the end what became of it.
 
-    `held` is what its worker has read until now; with `pull`, it gets a snapshot, in elements no wider than `dtype`.
+    `held` is what its worker has read until now; with `pull`, it gets a snapshot, in elements no wider than `dtype`. `event` is
+    the one of the set's history that has its receipt.
     """
 
     session: Session
@@ -24,6 +25,7 @@ class Commit:
     held: Snapshot | None
     dtype: DType | None = None
     receipt: Receipt | None = None
+    event: int = 0
     snapshot: Snapshot | None = None
     error: Exception | None = None
 

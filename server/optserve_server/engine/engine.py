@@ -25,7 +25,6 @@ from optserve_server.engine.pipeline import gathers, slot_layouts
 from optserve_server.engine.rows import check_transforms
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
-from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 
 
@@ -63,7 +62,7 @@ class Engine:
                 "pass exist_ok=True to attach to it"
             )
         for name in (
-            "tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "state", "tables",
+            "tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "state", "tables", "journal",
         ):  # fmt: skip
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
@@ -125,36 +124,28 @@ class Engine:
         """Room for tensors on their way in."""
         return Staging(tensors, self.threads)
 
-    def create(
-        self, spec: ParameterSetSpec, values: Staging, start: Start | None = None, *, exist_ok: bool
-    ) -> tuple[ParameterSet, bool]:
-        """A new set with those initial values, or what came for its start, and True; or an existing one and False.
-
-        Raises as `existing` does.
-        """
+    def new(self, spec: ParameterSetSpec) -> ParameterSet:
+        """A set that is not here yet, to be filled and then added; raises ServerBusy."""
         try:
-            created = ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
+            return ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
         except (MemoryError, OSError):
             raise ServerBusy(
                 f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"
             ) from None
+
+    def create(self, spec: ParameterSetSpec, values: Staging, start: Start | None = None) -> ParameterSet:
+        """A new set, to be added, with those initial values, or what came for its start; raises ServerBusy."""
+        created = self.new(spec)
         if start is not None:
             created.resume(start, values)
         elif spec.holds is Holds.PARAMETERS:
             created.load(values)
-        with self._lock:
-            if present := self.existing(spec, exist_ok=exist_ok):
-                return present, False
-            self._sets[spec.id] = created
-        return created, True
+        return created
 
-    def restore(self, state: State) -> ParameterSet:
-        """A set as it was captured, in a new incarnation."""
-        restored = ParameterSet(state.spec, _new_incarnation(), self.threads, self._allocate)
-        restored.restore(state)
+    def add(self, parameter_set: ParameterSet) -> None:
+        """Let a set be here, instead of another of its id, if there is one."""
         with self._lock:
-            self._sets[state.spec.id] = restored
-        return restored
+            self._sets[parameter_set.spec.id] = parameter_set
 
     def delete(self, set_id: str) -> None:
         """Remove a set; raises ParameterSetNotFound."""

@@ -1,6 +1,6 @@
 """Means: the gradients of several pushes made one, planned before anything changes and run before the update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from optserve._dtypes import DType
 from optserve._specification import TensorSpec
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.loops import MEAN_COLUMNS, mean_loop
+from optserve_server.engine.rows import SparseGradient
 from optserve_server.engine.staging import Piece, StagedTensor
 from optserve_server.engine.threads import Ranges, Threads
 from optserve_server.engine.work import COMPUTED, Arenas, check_computable
@@ -17,6 +18,16 @@ from optserve_server.engine.work import COMPUTED, Arenas, check_computable
 SKIP = 3  # column of a mean's table, which advances with the elements
 
 Gradients = Mapping[int, StagedTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What makes an update, by the tensor's index: gradients of whole tensors, of some rows of others, and the caller's
+    parameters, in sets that hold moments only. Rows of tables are keys."""
+
+    gradients: Gradients
+    sparse: Mapping[int, SparseGradient]
+    parameters: Gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,11 @@ class Mean:
             rows = np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
             check_computable(weights, dtype.compute)
             parts.append(Part(dtype, rows, np.array(weights, dtype.compute)))
-        return {index: self._at(index) for index in gradients[0]}, parts
+        return self.at(gradients[0]), parts
+
+    def at(self, indices: Iterable[int]) -> Gradients:
+        """Where the mean of tensors lies."""
+        return {index: self._at(index) for index in indices}
 
     def compile(self, dtype: DType) -> None:
         """Compile the loop for gradients of a dtype now, by running it on nothing."""

@@ -1,9 +1,11 @@
 """A parameter set: tensors, optimizer state, sessions, and the update that changes them together."""
 
 import datetime
+import functools
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +15,13 @@ from optserve._dtypes import DType
 from optserve._errors import (
     InvalidArgument,
     InvalidHyperparameter,
+    InvalidState,
     ParameterSetNotFound,
     Refusal,
     ServerBusy,
     ServerError,
 )
-from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
@@ -27,26 +30,33 @@ from optserve_server.engine import slot_formats, update
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
+from optserve_server.engine.decision import Decision
 from optserve_server.engine.draft import Draft
 from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
+from optserve_server.engine.history import Content, Event, Log, Stored, Unlogged, Watermark
 from optserve_server.engine.loops import decode_loop, encode_loop
+from optserve_server.engine.mean import Gathered
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.pipeline import Pipeline
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds, merged_changes
+from optserve_server.engine.rows import SparseGradient, gathered
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import StagedTensor, Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.views import Rows, Views
-from optserve_server.engine.work import Arenas
+from optserve_server.engine.work import Arenas, Update
 
 CHANGES_KEPT = 1000
 
 
 class ParameterSet:
-    """One set. Every method may be called from any thread; each takes effect whole or not at all."""
+    """One set. Every method may be called from any thread; each takes effect whole or not at all.
+
+    `rewinds` counts how often its history went back, `watermark` says how far it is on stable storage.
+    """
 
     def __init__(
         self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
@@ -59,6 +69,10 @@ class ParameterSet:
         self._first_groups = at(self._groups, 0)  # for compiling loops; raises for a schedule that begins out of range
         self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._position = Position(incarnation, 0)
+        self._events = 0
+        self.rewinds = 0
+        self.watermark = Watermark()
+        self._log: Log = Unlogged()
         self._sessions = Sessions()
         self._threads = threads
         self._lock = threading.Lock()
@@ -82,7 +96,12 @@ class ParameterSet:
     @property
     def position(self) -> Position:
         """Where the set's history stands."""
-        return self._position
+        return replace(self._position, durable_version=self.watermark.version)
+
+    @property
+    def events(self) -> int:
+        """How many events the set's history has."""
+        return self._events
 
     @property
     def memories(self) -> list[Memory]:
@@ -99,7 +118,7 @@ class ParameterSet:
         with self._lock:
             return Description(
                 spec=self.spec,
-                position=self._position,
+                position=self.position,
                 groups=tuple(map(self._describe_group, self._groups)),
                 create_time=self.create_time,
                 state_bytes=self.state_bytes,
@@ -113,7 +132,7 @@ class ParameterSet:
             id=self.spec.id,
             rule=self.spec.optimizer.rule,
             holds=self.spec.holds,
-            position=self._position,
+            position=self.position,
             tensor_count=len(self.spec.tensors),
             element_count=self._element_count,
             state_bytes=self.state_bytes,
@@ -156,23 +175,35 @@ class ParameterSet:
                 self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, arena[compute])
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Change hyperparameters by group and name; raises InvalidGroup or InvalidHyperparameter."""
+        """Change hyperparameters by group and name; raises InvalidGroup, InvalidHyperparameter or StorageFailed."""
         with self._lock:
             self._check_alive()
-            version, groups = self._position.version, change(self._groups, changes)
+            groups = change(self._groups, changes)
             for group in groups:
                 if group.name in changes:
-                    group.optimizer.at(version)  # raises for a schedule that is out of range already
-            self._changes.extend(differences(self._groups, groups, version))
-            self._groups = groups
+                    group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
+            event = Event(self._events + 1, self._position.version, changes=changes)
+            self._log.append([event])
+            self._change(groups, event.number)
+        self._log.wait(event.number)
+
+    def _change(self, groups: tuple[TensorGroup, ...], event: int) -> None:
+        self._changes.extend(differences(self._groups, groups, self._position.version))
+        self._groups = groups
+        self._events = event
 
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
-        """Open or resume a client's session; a push of its older stream that has begun is finished first."""
+        """Open or resume a client's session; a push of its older stream that has begun is finished first.
+
+        Raises SessionSuperseded, or StorageFailed if what its last push did can't be told yet.
+        """
         with self._lock:
             self._check_alive()
             self._rounds.withdraw(client_id)
             self._decided.notify_all()
-            return self._sessions.open(client_id, epoch, stream)
+            session = self._sessions.open(client_id, epoch, stream)
+        self._log.wait(session.last_event)
+        return session
 
     def begin(
         self,
@@ -220,7 +251,7 @@ class ParameterSet:
         applied, `held`, which the worker has read until now, is released before. Pushes that wait here at the same time are
         applied in one pass, in the order in which they came; those of a synchronous round wait for each other. Raises
         SequenceGap, SequenceReused, SessionSuperseded, ServerBusy (RoundIncomplete is one), ServerDraining or
-        ParameterSetNotFound, which consume nothing.
+        ParameterSetNotFound, which consume nothing; or StorageFailed, after which that is not known.
         """
         commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
@@ -240,7 +271,18 @@ class ParameterSet:
             finally:
                 del commit  # which its own error would keep alive
         assert commit.receipt is not None
-        return commit.receipt, commit.snapshot
+        try:
+            self._log.wait(commit.event)
+        except BaseException:
+            if commit.snapshot is not None:
+                self.release(commit.snapshot)
+            raise
+        return self._told(commit.receipt, commit.event), commit.snapshot
+
+    def _told(self, receipt: Receipt, event: int) -> Receipt:
+        """A receipt that says how far it has come by now."""
+        position = replace(receipt.position, durable_version=self.watermark.version)
+        return replace(receipt, position=position, durability=self.watermark.reached(event))
 
     def snapshot(self, *, pinned: bool = True, dtype: DType | None = None, evaluation: bool = False) -> Snapshot | None:
         """The tensors of the current version: parameters, or the updates of the last push; or the parameters to evaluate.
@@ -251,8 +293,8 @@ class ParameterSet:
         with self._lock:
             self._check_alive()
             if pinned and dtype is None and not evaluation:
-                return self._views.pin(self._position)
-            return self._views.copy(self._position, dtype, evaluation=evaluation)
+                return self._views.pin(self.position)
+            return self._views.copy(self.position, dtype, evaluation=evaluation)
 
     def rows(
         self, whole: Sequence[int], rows: Rows, dtype: DType | None = None, *, evaluation: bool = False
@@ -260,7 +302,7 @@ class ParameterSet:
         """A copy of some rows of tensors, by index or, of tables, by key; and of others whole, which come first."""
         with self._lock:
             self._check_alive()
-            return self._views.rows(self._position, whole, rows, dtype, evaluation=evaluation)
+            return self._views.rows(self.position, whole, rows, dtype, evaluation=evaluation)
 
     def check_pull(self, names: Sequence[str], rows: Mapping[str, Indices], *, evaluation: bool) -> Rows:
         """The rows that a pull asks for by the tensor's index; raises TensorMismatch or InvalidTransform if it can't be had."""
@@ -280,43 +322,131 @@ class ParameterSet:
         """Size of a copy of some rows, and of some tensors whole."""
         return self._views.rows_nbytes(whole, rows, dtype)
 
-    def capture(self) -> State:
-        """A copy of all that the set is; updates wait until it is taken."""
+    def keep(self, log: Log) -> None:
+        """Let events go to a log from now on."""
+        with self._lock:
+            self._log = log
+
+    @contextmanager
+    def frozen(self) -> Iterator[State]:
+        """All that the set is, in its own memory; nothing changes until this ends."""
         with self._lock:
             self._check_alive()
-            return State(
+            yield State(
                 spec=self.spec,
                 position=self._position,
                 create_time=self.create_time,
                 optimizers={group.name: group.optimizer for group in self._groups},
                 changes=list(self._changes),
-                arenas={name: copy(arena, self._pipeline.used(name)) for name, arena in self._arenas().items()},
+                arenas=self._arenas(),
                 progress=self._progress.copy(),
                 sessions=self._sessions.copy(),
                 forgotten=self._sessions.forgotten,
+                events=self._events,
+                rewinds=self.rewinds,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
+    def capture(self) -> State:
+        """A copy of all that the set is; updates wait until it is taken."""
+        with self.frozen() as state:
+            arenas = {name: copy(arena, self._pipeline.used(name)) for name, arena in state.arenas.items()}
+            return replace(state, arenas=arenas)
+
     def restore(self, state: State) -> None:
-        """Become what was captured, in this set's own incarnation, before it is published."""
+        """Become what a state says but for its arenas, in this set's own incarnation, before it is published.
+
+        The elements are to be written to `frozen().entries()` afterwards.
+        """
         for index, keys in state.keys.items():
             self._pipeline.tables[index].add(np.array(keys, np.int64))
-        for name, arena in self._arenas().items():
-            assign(arena, state.arenas[name], self._pipeline.used(name))
         self.create_time = state.create_time
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
         self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
+        self._events, self.rewinds = state.events, state.rewinds
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions, state.forgotten)
-        self.made_durable(state.position.version)
 
-    def made_durable(self, version: int) -> None:
-        """Say so in every answer from now on."""
+    def repeat(self, event: Event) -> None:
+        """Let an event happen again; raises InvalidState if that can't lead to where it led."""
+        draft = Draft(self._groups, self._position, self._progress.copy())
+        content = event.content
         with self._lock:
-            durable = max(version, self._position.durable_version)
-            self._position = replace(self._position, durable_version=durable)
-            self._views.forget()
+            if event.number != self._events + 1:
+                raise InvalidState(f"expected event {self._events + 1}; got {event.number}")
+            outcome = Outcome.REFUSED
+            kept: object = None  # holds what is read until the update has run
+            if content is not None and not content.gathered:
+                kept = self._pushed(event, content)
+                outcome, _ = self._advance(draft, [kept])
+            elif content is not None:
+                gathered, kept = self._gathered(content)
+                plan = functools.partial(self._pipeline.plan_gathered, gathered=gathered)
+                outcome = self._plan(draft, event.changes, tuple(gathered.gradients), plan)
+            elif not event.pushes:
+                self._change(change(self._groups, event.changes), event.number)
+                draft.groups = self._groups
+            elif event.pushes[0].receipt.outcome is Outcome.SKIPPED:
+                outcome = Outcome.SKIPPED
+                draft.progress.skipped += 1
+            expected = event.pushes[0].receipt.outcome if event.pushes else Outcome.REFUSED
+            if (outcome, draft.position.version) != (expected, event.version):
+                raise InvalidState(
+                    f"expected event {event.number} to be {expected.name} and lead to version {event.version}; it was "
+                    f"{outcome.name}, and led to {draft.position.version}"
+                )
+            self._log.append([event])
+            after = self._writable(draft)
+            self._gather(draft, after)
+            self._run(draft, after)
+            del kept
+            self._events = event.number
+            for pushed in event.pushes:
+                session = self._sessions.resume(pushed.client_id, pushed.epoch)
+                session.record(pushed.digest, pushed.receipt, event.number)
+
+    def _pushed(self, event: Event, content: Content) -> Push:
+        """A push as it came."""
+        push = self.begin(
+            event.pushes[0].receipt.sequence, content.declared, changes=event.changes, loss_scale=content.loss_scale
+        )
+        for received in content.received:
+            push.add(received.runs, _joined(received.data), replace=received.replace)
+        push.finish()
+        return push
+
+    def _gathered(self, content: Content) -> tuple[Gathered, Staging]:
+        """What a round gathered, in its place again, and what keeps the rest of it."""
+        staging = Staging([each.spec for each in content.declared], self._threads, guard=False)
+        for received in content.received:
+            staging.add(received.runs, _joined(received.data))
+        staging.finish()
+        gradients: dict[int, StagedTensor] = {}
+        parameters: dict[int, StagedTensor] = {}
+        sparse: dict[int, SparseGradient] = {}
+        for declared, tensor in zip(content.declared, staging.tensors, strict=True):
+            index = self.indices[declared.spec.name]
+            if declared.rows is not None:
+                sparse[index] = gathered(declared.rows, tensor)
+            else:
+                (parameters if declared.is_parameter else gradients)[index] = tensor
+        mean = self._pipeline.mean
+        assert mean is not None
+        self._fill(mean.arena, self.layout, gradients)
+        return Gathered(mean.at(gradients), sparse, parameters), staging
+
+    def stored(self, stored: Stored) -> None:
+        """Say what has come to be on stable storage, in every answer from now on."""
+        watermark = self.watermark
+        journal, checkpoint = watermark.journal, watermark.checkpoint
+        if stored.durability is Durability.CHECKPOINT:
+            checkpoint = max(checkpoint, stored.number)
+        else:
+            journal = max(journal, stored.number)
+        self.watermark = Watermark(journal, checkpoint, max(watermark.version, stored.version))
+        for client_id, epoch, sequence in stored.sequences:
+            self._sessions.made_durable(client_id, epoch, sequence)
 
     def drain(self) -> None:
         """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
@@ -382,32 +512,29 @@ class ParameterSet:
     def _apply(self, commits: Sequence[Commit]) -> None:
         """Decide on commits in their order, run all of their updates in one pass, and take their snapshots."""
         draft = Draft(self._groups, self._position, self._progress.copy())
-        decided: list[tuple[Commit, Receipt]] = []
+        decisions: list[Decision] = []
         for commit in commits:
             together = [commit]
             try:
                 self._check_alive()
                 commit.session.check_stream(commit.stream)
-                commit.receipt = commit.session.admit(commit.push.sequence, commit.push.digest)
-                if commit.receipt is None:
-                    together = self._rounds.join(commit)
-                    receipts = self._decide([each.push for each in together], draft)
-                    decided += zip(together, receipts, strict=True)
+                first = commit.session.admit(commit.push.sequence, commit.push.digest)
+                if first is not None:
+                    commit.receipt, commit.event = first.receipt, first.event
+                elif together := self._rounds.join(commit):
+                    decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:
                     each.fail(error)
+        decided = {commit: decision for decision in decisions for commit in decision.commits}
         try:
-            if draft.updates or draft.progress.skipped != self._progress.skipped:
-                self._run(draft, [commit.held for commit, receipt in decided if receipt.applied and commit.held])
+            if decisions:
+                self._become(draft, decisions)
         except Exception as error:
-            for commit, _ in decided:
+            for commit in decided:
                 commit.fail(error)
             return
-        for commit, receipt in decided:
-            commit.session.record(receipt.sequence, commit.push.digest, receipt)
-            self._sessions.touch(commit.session)
-            commit.receipt = receipt
-        for commit in {*commits, *(commit for commit, _ in decided)}:
+        for commit in {*commits, *decided}:
             if commit.pull and commit.receipt is not None:
                 try:
                     commit.snapshot = self._after(commit.receipt, commit.dtype)
@@ -419,16 +546,17 @@ class ParameterSet:
         moments_only = self.spec.holds is Holds.MOMENTS
         if not receipt.applied:
             return Snapshot(self._position, (), (), ()) if moments_only else None
-        pinned = self._views.pin(self._position) if dtype is None else None
-        return self._views.copy(self._position, dtype) if pinned is None and moments_only else pinned
+        pinned = self._views.pin(self.position) if dtype is None else None
+        return self._views.copy(self.position, dtype) if pinned is None and moments_only else pinned
 
-    def _decide(self, pushes: Sequence[Push], draft: Draft) -> list[Receipt]:
-        """Receipts of pushes that come together after those in the draft; if they are applied, the draft goes on with them."""
-        if not pushes:
-            return []
+    def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
+        """What becomes of commits that belong together, after those in the draft, which goes on with them if they are
+        applied."""
+        pushes = [commit.push for commit in commits]
         stalenesses = [_staleness(push.base, draft.position) for push in pushes]
+        before = len(draft.updates)
         outcome, refusal = self._advance(draft, pushes)
-        return [
+        receipts = [
             Receipt(
                 sequence=push.sequence,
                 position=draft.position,
@@ -440,6 +568,8 @@ class ParameterSet:
             )
             for push, staleness in zip(pushes, stalenesses, strict=True)
         ]
+        update = draft.updates[before] if len(draft.updates) > before else None
+        return Decision(number, draft.position.version, commits, receipts, update)
 
     def _advance(self, draft: Draft, pushes: Sequence[Push]) -> tuple[Outcome, Refusal | None]:
         """Let the draft go on with pushes that belong together, unless there is something wrong with that."""
@@ -449,16 +579,27 @@ class ParameterSet:
         try:
             changes = merged_changes(pushes)
             check_pushed(draft.groups, changes)
-            groups = change(draft.groups, changes)
-            evaluated = at(groups, draft.position.version)
-            planned = self._pipeline.plan(evaluated, draft.progress, pushes, draft.updated)
+            plan = functools.partial(self._pipeline.plan, pushes=pushes)
+            return self._plan(draft, changes, tuple(pushes[0].gradients), plan), None
         except InvalidArgument as error:
             return Outcome.REFUSED, Refusal.of(error)
-        if not planned.memories:
-            draft.accumulate(groups, planned, pushes[0].gradients)
-            return Outcome.ACCUMULATED, None
-        draft.advance(groups, evaluated, planned)
-        return Outcome.APPLIED, None
+
+    def _plan(
+        self,
+        draft: Draft,
+        changes: Mapping[str, Mapping[str, Any]],
+        tensors: tuple[int, ...],
+        plan: Callable[..., Update],
+    ) -> Outcome:
+        """Let the draft go on with an update of some tensors, after changes; raises InvalidArgument kinds."""
+        groups = change(draft.groups, changes)
+        evaluated = at(groups, draft.position.version)
+        planned = plan(evaluated, draft.progress, updated=draft.updated)
+        if planned.memories:
+            draft.advance(groups, evaluated, planned)
+            return Outcome.APPLIED
+        draft.accumulate(groups, planned, tensors)
+        return Outcome.ACCUMULATED
 
     def _pass_over(self, draft: Draft, push: Push) -> Outcome:
         """What becomes of a push that can't be applied."""
@@ -470,19 +611,50 @@ class ParameterSet:
         draft.progress.skipped += 1
         return Outcome.SKIPPED
 
-    def _run(self, draft: Draft, held: Sequence[Snapshot]) -> None:
-        """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
+    def _become(self, draft: Draft, decisions: Sequence[Decision]) -> None:
+        """Become what the draft says, once the log has it; raises StorageFailed or ServerBusy, and nothing changed."""
+        applied = [commit for each in decisions if each.receipts[0].applied for commit in each.commits]
+        held = [commit.held for commit in applied if commit.held]
         buffers = [each.buffer for each in held if each.buffer is not None]
         for buffer in buffers:
             self._buffers.unpin(buffer)
         try:
-            after = self._buffers.writable() if draft.updated else self._buffers.current
-        except (MemoryError, OSError):
+            after = self._writable(draft)
+            rounds = self._rounds.workers > 1
+            if rounds:
+                self._gather(draft, after)
+            self._log.append([each.event(self.spec.tensors, gathered=rounds) for each in decisions])
+        except BaseException:
             for buffer in buffers:
                 self._buffers.pin_again(buffer)
-            raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
+            raise
         for each in held:
             each.buffer = None
+        if not rounds:
+            self._gather(draft, after)
+        self._run(draft, after)
+        self._events = decisions[-1].number
+        for decision in decisions:
+            for commit, receipt in zip(decision.commits, decision.receipts, strict=True):
+                commit.session.record(commit.push.digest, receipt, decision.number)
+                self._sessions.touch(commit.session)
+                commit.receipt, commit.event = receipt, decision.number
+
+    def _writable(self, draft: Draft) -> Buffer:
+        try:
+            return self._buffers.writable() if draft.updated else self._buffers.current
+        except (MemoryError, OSError):
+            raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
+
+    def _gather(self, draft: Draft, after: Buffer) -> None:
+        """Make gradients one; if that fails half way with those of earlier pushes among them, the set is lost."""
+        gather = [work for planned in draft.updates for work in planned.gather]
+        self._broken = bool(gather) and self.spec.transforms.accumulate > 1
+        for work in gather:
+            work.run(self._memory(after), self._threads)
+
+    def _run(self, draft: Draft, after: Buffer) -> None:
+        """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
         self._broken = True
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:
@@ -493,6 +665,10 @@ class ParameterSet:
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._changes.extend(draft.changes)
         self._broken = False
+
+
+def _joined(data: Sequence[Any]) -> Any:
+    return data[0] if len(data) == 1 else b"".join(data)
 
 
 def _staleness(base: Position | None, now: Position) -> int | None:

@@ -20,7 +20,7 @@ from optserve_server.engine.arena import Arena, Layout, Place
 from optserve_server.engine.clipping import Clipping
 from optserve_server.engine.groups import TensorGroup
 from optserve_server.engine.loops import guard_loop
-from optserve_server.engine.mean import Gradients, Mean, dtype_of
+from optserve_server.engine.mean import Gathered, Gradients, Mean, dtype_of
 from optserve_server.engine.push import Push
 from optserve_server.engine.rows import Carried, SparseGradient, merged
 from optserve_server.engine.rules import Memory, TensorRule, preparation, rule_for
@@ -135,27 +135,29 @@ class Pipeline:
     ) -> Update:
         """What pushes that belong together do next, the progress included; raises InvalidArgument kinds.
 
-        An update with work and no memories is one of the mean alone.
+        An update without memories is one of the mean alone.
         """
-        gradients: Gradients = pushes[0].gradients
-        parameters = pushes[0].parameters
-        self._check_parameters(gradients, parameters, groups)
-        clip = self._spec.transforms.clip
-        sparse, work = self._sparse(pushes, groups, updated)
+        first = pushes[0]
         if self.mean is None:
-            factors = self._factors(pushes[0])
-        else:
-            gradients, parts = self._gathered(progress, pushes)
-            work += parts
-            if progress.accumulated + 1 < self._spec.transforms.accumulate:
-                self._rule_update(groups, progress, gradients, parameters, dict.fromkeys(gradients, 1.0), updated, {})
-                return Update(work, {})
-            if clip is not None and not clipping.bound(clip):
-                work.append(Clipping(clip, self._spec.tensors, gradients, self._layout, sparse))
-            factors = dict.fromkeys([*gradients, *sparse], 1.0)
-        ruled = self._rule_update(groups, progress, gradients, parameters, factors, updated, sparse)
-        after = averages.plan(self._spec.transforms, self._layout, gradients, progress.steps) if self._averages else ()
-        return Update([*work, *ruled.work, *after], ruled.memories)
+            gathered = Gathered(first.gradients, self._sparse(pushes, groups), first.parameters)
+            return self._rule_update(groups, progress, gathered, self._factors(first), updated)
+        gradients, gather = self._mean(progress, pushes)
+        gathered = Gathered(gradients, self._sparse(pushes, groups), first.parameters)
+        return replace(self.plan_gathered(groups, progress, gathered, updated), gather=gather, gathered=gathered)
+
+    def plan_gathered(
+        self, groups: Sequence[TensorGroup], progress: Progress, gathered: Gathered, updated: set[int]
+    ) -> Update:
+        """As `plan`, for gradients that are in the mean's memory by the time that the update runs."""
+        gradients, sparse = gathered.gradients, gathered.sparse
+        factors = dict.fromkeys([*gradients, *sparse], 1.0)
+        ruled = self._rule_update(groups, progress, gathered, factors, updated)
+        if progress.accumulated + 1 < self._spec.transforms.accumulate:
+            return Update((), {})
+        clip = self._spec.transforms.clip
+        if clip is None or clipping.bound(clip):
+            return ruled
+        return replace(ruled, work=[Clipping(clip, self._spec.tensors, gradients, self._layout, sparse), *ruled.work])
 
     def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
         """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
@@ -194,7 +196,7 @@ class Pipeline:
         norms = {index: norm * scale for index, norm in push.norms.items()}
         return {index: factor * scale for index, factor in clipping.factors(self._spec.transforms.clip, norms).items()}
 
-    def _gathered(self, progress: Progress, pushes: Sequence[Push]) -> tuple[Gradients, Sequence[Work]]:
+    def _mean(self, progress: Progress, pushes: Sequence[Push]) -> tuple[Gradients, Sequence[Work]]:
         """The mean of pushes and of those that were accumulated before, and the work of making it."""
         assert self.mean is not None
         if progress.accumulated and tuple(pushes[0].gradients) != progress.accumulating:
@@ -207,35 +209,46 @@ class Pipeline:
         weights = [share / push.loss_scale for push in pushes]
         return self.mean.plan([push.gradients for push in pushes], weights, begun=progress.accumulated > 0)
 
+    def _sparse(self, pushes: Sequence[Push], groups: Sequence[TensorGroup]) -> dict[int, SparseGradient]:
+        """The row-sparse gradients of pushes, made one."""
+        first = pushes[0].sparse
+        if not first:
+            return {}
+        self._check_sparse(first, groups)
+        if self.mean is None:
+            return dict(first)
+        weights = [1.0 / (len(pushes) * push.loss_scale) for push in pushes]
+        return {index: merged([push.sparse[index] for push in pushes], weights) for index in first}
+
     def _rule_update(
         self,
         groups: Sequence[TensorGroup],
         progress: Progress,
-        gradients: Gradients,
-        parameters: Gradients,
+        gathered: Gathered,
         factors: Factors,
         updated: set[int],
-        sparse: Mapping[int, SparseGradient],
     ) -> Update:
+        """The rule's update, each gradient times its factor, and what follows it."""
+        gradients, parameters = gathered.gradients, gathered.parameters
+        self._check_parameters(gradients, parameters, groups)
+        sparse, work = self._located(gathered.sparse, updated)
         if self._whole is not None:
-            return self._whole.plan(groups, gradients, progress.steps, progress.group_memory, sparse)
-        assert self._loops is not None
-        return self._loops.plan(
-            groups, gradients, parameters, progress.steps, progress.memory, factors, updated, sparse
-        )
+            ruled = self._whole.plan(groups, gradients, progress.steps, progress.group_memory, sparse)
+        else:
+            assert self._loops is not None
+            ruled = self._loops.plan(
+                groups, gradients, parameters, progress.steps, progress.memory, factors, updated, sparse
+            )
+        after = averages.plan(self._spec.transforms, self._layout, gradients, progress.steps) if self._averages else ()
+        return replace(ruled, work=[*work, *ruled.work, *after])
 
-    def _sparse(
-        self, pushes: Sequence[Push], groups: Sequence[TensorGroup], updated: set[int]
+    def _located(
+        self, gradients: Mapping[int, SparseGradient], updated: set[int]
     ) -> tuple[dict[int, SparseGradient], list[Work]]:
-        """The row-sparse gradients of pushes, made one, and what must happen before they are applied."""
-        first = pushes[0].sparse
-        if not first:
+        """Row-sparse gradients with rows for their keys, and what must happen before they are applied."""
+        if not gradients:
             return {}, []
-        self._check_sparse(first, groups)
-        sparse = dict(first)
-        if self.mean is not None:
-            weights = [1.0 / (len(pushes) * push.loss_scale) for push in pushes]
-            sparse = {index: merged([push.sparse[index] for push in pushes], weights) for index in first}
+        sparse = dict(gradients)
         work: list[Work] = [Carried([index for index in sparse if index not in updated], self._layout)]
         for index in sparse.keys() & self.tables.keys():
             table, keys = self.tables[index], sparse[index].rows

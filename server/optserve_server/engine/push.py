@@ -18,7 +18,7 @@ from optserve._transforms import check_loss_scale
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
 from optserve_server.engine.rows import SparseGradient, check_rows, check_transforms, gathered
-from optserve_server.engine.staging import StagedTensor, Staging
+from optserve_server.engine.staging import Received, StagedTensor, Staging
 from optserve_server.engine.threads import Threads
 
 _STAGED = {BFloat16: BFLOAT16, Float16: FLOAT16, Int8: INT8}  # read as they travel; top-k is decoded on arrival
@@ -93,6 +93,16 @@ class Push:
     def nbytes(self) -> int:
         """Size of the tensors that it will hold, in bytes; 1 if there are none."""
         return max(1, sum(tensor.spec.nbytes for tensor in self._staging.tensors))
+
+    @property
+    def declared(self) -> Sequence[Declared]:
+        """The tensors that it said it would send."""
+        return self._declared
+
+    @property
+    def received(self) -> Sequence[Received]:
+        """The chunks that came."""
+        return self._staging.received
 
     @property
     def gradients(self) -> dict[int, StagedTensor]:
@@ -205,6 +215,8 @@ class Push:
                 )
             if each.format is not None and tensor.dtype.compute != FLOAT32.compute:
                 raise TensorMismatch(f"set {spec.id!r}: expected {tensor} as it is; got it encoded as {each.format}")
+            if is_parameter and each.format is not None:
+                raise TensorMismatch(f"set {spec.id!r}: expected parameters as they are; got {tensor} as {each.format}")
             if is_parameter and spec.holds is Holds.PARAMETERS:
                 raise TensorMismatch(
                     f"set {spec.id!r} holds its parameters: expected gradients only; got parameters for {tensor.name!r}"

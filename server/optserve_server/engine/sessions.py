@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from optserve._errors import SequenceGap, SequenceReused, SessionSuperseded
 from optserve._results import Receipt
@@ -11,6 +12,14 @@ from optserve._results import Receipt
 RECEIPTS_KEPT = 16  # per session; a worker may have this many pushes without an answer
 SESSIONS_KEPT = 65_536  # per set; the one idle for longest is forgotten first
 CLOCK_SKEW = 86_400 * 10**9  # nanoseconds by which an epoch may lie in the future, since clocks are set back
+
+
+class Kept(NamedTuple):
+    """A receipt, what tells its push from others, and the event of the set's history in which it was given."""
+
+    digest: bytes
+    receipt: Receipt
+    event: int
 
 
 @dataclass(slots=True)
@@ -21,13 +30,18 @@ class Session:
     epoch: int
     last_sequence: int = 0
     durable_sequence: int = 0
-    receipts: OrderedDict[int, tuple[bytes, Receipt]] = field(default_factory=OrderedDict)
+    receipts: OrderedDict[int, Kept] = field(default_factory=OrderedDict)
     stream: object = None
 
     @property
     def last_receipt(self) -> Receipt | None:
         """Receipt of the last push, or None before the first."""
-        return self.receipts[self.last_sequence][1] if self.receipts else None
+        return self.receipts[self.last_sequence].receipt if self.receipts else None
+
+    @property
+    def last_event(self) -> int:
+        """The event with that receipt, or 0."""
+        return self.receipts[self.last_sequence].event if self.receipts else 0
 
     def check_stream(self, stream: object) -> None:
         """Raises SessionSuperseded if another stream has taken the session over."""
@@ -36,7 +50,7 @@ class Session:
                 f"client {self.client_id!r} opened a newer stream on this set; use one handle per worker"
             )
 
-    def admit(self, sequence: int, digest: bytes) -> Receipt | None:
+    def admit(self, sequence: int, digest: bytes) -> Kept | None:
         """The first receipt of a push that came before, or None for the next one; raises SequenceGap or SequenceReused.
 
         A refused push has no digest (empty): its content may never have come whole.
@@ -48,17 +62,17 @@ class Session:
                 f"expected sequence {self.last_sequence + 1} of client {self.client_id!r}, epoch {self.epoch:x} "
                 f"(receipts are kept for the last {RECEIPTS_KEPT}); got {sequence}"
             )
-        first_digest, receipt = self.receipts[sequence]
-        if first_digest and first_digest != digest:
+        first = self.receipts[sequence]
+        if first.digest and first.digest != digest:
             raise SequenceReused(
                 f"sequence {sequence} came before with other content; give every push its own sequence"
             )
-        return replace(receipt, duplicate=True)
+        return first._replace(receipt=replace(first.receipt, duplicate=True))
 
-    def record(self, sequence: int, digest: bytes, receipt: Receipt) -> None:
+    def record(self, digest: bytes, receipt: Receipt, event: int) -> None:
         """Consume a sequence."""
-        self.last_sequence = sequence
-        self.receipts[sequence] = (digest, receipt)
+        self.last_sequence = receipt.sequence
+        self.receipts[receipt.sequence] = Kept(digest, receipt, event)
         if len(self.receipts) > RECEIPTS_KEPT:
             self.receipts.popitem(last=False)
 
@@ -89,6 +103,12 @@ class Sessions:
         """Count a session as in use now."""
         if self._by_client.get(session.client_id) is session:
             self._by_client.move_to_end(session.client_id)
+
+    def made_durable(self, client_id: str, epoch: int, sequence: int) -> None:
+        """Say that a session's pushes up to a sequence are on stable storage."""
+        session = self._by_client.get(client_id)
+        if session is not None and session.epoch == epoch:
+            session.durable_sequence = max(session.durable_sequence, sequence)
 
     def end_streams(self) -> None:
         """Let no stream that is open push any more."""

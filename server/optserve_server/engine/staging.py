@@ -41,6 +41,14 @@ class Piece(NamedTuple):
     skip: int = 0
 
 
+class Received(NamedTuple):
+    """A chunk as it came: runs, and bytes-like objects with their elements, which last as long as it does."""
+
+    runs: Sequence[Run]
+    data: Sequence[Any]
+    replace: bool
+
+
 GuardRow = tuple[DType, int, int, int, int]  # dtype, first element from the transfer's first block, size, address, skip
 
 
@@ -108,6 +116,7 @@ class Staging:
         self._sums = np.zeros(blocks)
         self._digests = np.zeros(blocks, np.uint32)
         self._guarded = np.zeros(blocks, bool)
+        self.received: list[Received] = []
         self._messages: list[NDArray[Any]] = []  # keeps the pieces' memory alive
         self._budget = REPLACEMENTS * sum(spec.nbytes for spec in tensors)
 
@@ -126,6 +135,7 @@ class Staging:
             pieces.append(Piece(run.offset, run.size, self._decoded(run, message[begin : begin + size])))
             begin += size
         self._stage(runs, pieces, replace=replace)
+        self.received.append(Received(runs, [message], replace))
 
     def add_shared(
         self, runs: Sequence[Run], memory: NDArray[np.uint8], starts: Sequence[int], *, replace: bool = False
@@ -134,11 +144,14 @@ class Staging:
         self._spend(runs)
         self._messages.append(memory)
         address = memory.ctypes.data
-        pieces = [
-            Piece(run.offset, run.size, address + start + run.offset * self._tensor(run).spec.dtype.itemsize)
-            for run, start in zip(runs, starts, strict=True)
-        ]
+        pieces, data = [], []
+        for run, start in zip(runs, starts, strict=True):
+            itemsize = self._tensor(run).spec.dtype.itemsize
+            begin = start + run.offset * itemsize
+            pieces.append(Piece(run.offset, run.size, address + begin))
+            data.append(memory[begin : begin + run.size * itemsize])
         self._stage(runs, pieces, replace=replace)
+        self.received.append(Received(runs, data, replace))
 
     def _stage(self, runs: Sequence[Run], pieces: Sequence[Piece], *, replace: bool) -> None:
         rows = []

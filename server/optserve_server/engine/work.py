@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from optserve._errors import InvalidHyperparameter
 from optserve_server.engine.arena import Arena, ComputeType
 from optserve_server.engine.rules import Memory
 from optserve_server.engine.threads import Threads
+
+if TYPE_CHECKING:
+    from optserve_server.engine.mean import Gathered
 
 COMPUTED = {dtype.compute: dtype for dtype in (FLOAT32, FLOAT64)}
 _LARGEST = {compute: float(np.finfo(compute).max) for compute in COMPUTED}
@@ -34,10 +37,16 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """All the work of an update, in order, and the memory that each updated tensor has after it."""
+    """All the work of an update, in order, and the memory that each updated tensor has after it.
+
+    What comes before is to `gather` gradients in memory of the set: this work changes nothing else, and `gathered` is what
+    then lies there.
+    """
 
     work: Sequence[Work]
     memories: Mapping[int, Memory]
+    gather: Sequence[Work] = ()
+    gathered: "Gathered | None" = None
 
 
 def check_computable(values: Iterable[float], compute: ComputeType) -> None:

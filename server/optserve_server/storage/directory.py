@@ -1,101 +1,112 @@
-"""The data directory: checkpoints of every set, one safetensors file for each generation.
+"""The data directory: a directory for each set, with its checkpoints and its journal, of one server at a time.
 
-A checkpoint is written to a temporary file, synced, and renamed; the rename is what makes it count. Two generations are
-kept, and a damaged file is passed over, loudly, for the one before. What is sound but not of this server, such as a set whose
-rule it was not given, is kept as it is, and its id with it. One server at a time may use a directory.
+LOCK                     locked by the server that uses the directory
+OWNER                    what the last server wrote here that began to use it; who finds another's stops writing
+sets/<hash of id>/       one set, see `checkpoint` and `journal`
 """
 
 import fcntl
 import hashlib
-import json
-import os
+import secrets
 import shutil
-import zlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import structlog
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from optserve._errors import InvalidArgument, ParameterSetExists
-from optserve_server.engine.arena import Arena
-from optserve_server.engine.state import State
-from optserve_server.storage import record
+from optserve._errors import InvalidArgument, OptserveError, ParameterSetExists, ParameterSetNotFound
+from optserve._results import Durability
+from optserve_server.engine.engine import Engine
+from optserve_server.engine.history import Stored
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.storage import checkpoint, files, journal
+from optserve_server.storage.checkpoint import Shadow
+from optserve_server.storage.keeper import Keeper, Retention
+from optserve_server.storage.tensors import Damaged
 
 log = structlog.get_logger()
 
-GENERATIONS_KEPT = 2
-SUFFIX = ".safetensors"
-DELETED = ".deleted"
-RECORD = "record"  # name of the tensor that holds everything but tensors, as JSON
-SEPARATOR = "."  # between an arena's name and its compute type
+DAMAGED = ".damaged"  # suffix of checkpoints that were passed over
+Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
 
 
 class DataDirectory:
-    """Checkpoints below a path; raises OSError if the path can't be used or another server uses it.
+    """Keeps sets below a path; raises OSError if the path can't be used or another server uses it."""
 
-    Its methods are not for several threads at a time.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, retention: Retention | None = None) -> None:
+        self._path = path
         self._sets = path / "sets"
         self._sets.mkdir(parents=True, exist_ok=True)
+        self._retention = retention or Retention()
         self._kept: dict[Path, str] = {}  # directories of sets that are not on this server, and why
+        self._keepers: dict[str, Keeper] = {}
+        self._changing = threading.Lock()
+        self._shadow = Shadow()
+        self._checkpointing = threading.Lock()  # one at a time: they share memory, and the disk
         self._lock = (path / "LOCK").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise OSError(f"another server uses the data directory {str(path)!r}; give each its own") from None
+        self._owner = secrets.token_hex(16).encode()
+        files.write_file(path / "OWNER", self._owner)
+        files.sync_directory(path)
 
-    def write(self, state: State) -> None:
-        """Put a state on stable storage; raises OSError, and then what was there before still counts."""
-        if self._lock.closed:
-            raise OSError("this data directory was closed: another server may use it by now")
-        home = self._home(state.spec.id)
-        home.mkdir(exist_ok=True)
-        generations = _generations(home)
-        number = 1 + (_number(generations[0]) if generations else 0)
-        path = home / f"{number:012d}-version-{state.position.version}{SUFFIX}"
-        temporary = path.with_suffix(".tmp")
-        tensors = _tensors(state)
-        checksums = {name: zlib.crc32(array.data) for name, array in tensors.items()}
-        save_file(tensors, temporary, {"crc32": json.dumps(checksums)})
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(home)
-        _sync(self._sets)
-        for old in _generations(home)[GENERATIONS_KEPT:]:
-            old.unlink()
+    @property
+    def keepers(self) -> list[Keeper]:
+        """Those of all sets."""
+        with self._changing:
+            return list(self._keepers.values())
 
-    def read_all(self) -> Iterator[State]:
-        """The newest sound state of every set."""
+    def check_owner(self) -> None:
+        """Raises OSError if another server has begun to use the directory, or this one has let go of it."""
+        if self._lock.closed or (self._path / "OWNER").read_bytes() != self._owner:
+            raise OSError("another server has taken over this data directory; this one writes nothing there any more")
+
+    def add(self, parameter_set: ParameterSet) -> Keeper:
+        """Keep a set from now on; raises OSError or StorageFailed."""
+        home = self._home(parameter_set.spec.id)
+        if not home.exists():
+            files.make_directory(home)
+            files.sync_directory(self._sets)
+        keeper = Keeper(home, parameter_set, self._retention, self._shadow, self.check_owner)
+        with self._changing:
+            self._keepers[parameter_set.spec.id] = keeper
+        return keeper
+
+    def checkpoint(self, set_id: str) -> None:
+        """Write a checkpoint of a set now; raises StorageFailed."""
+        with self._checkpointing:
+            self._keeper(set_id).checkpoint()
+
+    def restore(self, engine: Engine, progress: Progress = lambda read, total: None) -> None:
+        """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly."""
+        homes = []
         for home in sorted(self._sets.iterdir()):
-            if home.name.endswith(DELETED):
+            if home.name.endswith(files.CONDEMNED):
                 shutil.rmtree(home)
-                continue
-            for leftover in home.glob("*.tmp"):
-                leftover.unlink()
-            for path in _generations(home):
-                try:
-                    yield _read(path)
-                    break
-                except InvalidArgument as error:
-                    log.error("not restored; its checkpoints are kept", directory=str(home), reason=str(error))
-                    self._kept[home] = str(error)
-                    break
-                except Exception as error:  # whatever a damaged file leads to
-                    log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             else:
-                log.error("no sound checkpoint; the set is not restored, its files are kept", directory=str(home))
-                self._kept[home] = "all of its checkpoints are damaged"
+                homes.append(home)
+        total = sum(_nbytes(home) for home in homes)
+        read = 0
 
-    def keep(self, set_id: str, why: str) -> None:
-        """Keep a set's checkpoints as they are, as the set could not be restored from them."""
-        self._kept[self._home(set_id)] = why
+        def note(nbytes: int) -> None:
+            nonlocal read
+            read += nbytes
+            progress(read, total)
+
+        for home in homes:
+            try:
+                parameter_set = _restored(home, engine, note)
+                self.add(parameter_set)
+            except (OptserveError, OSError, Damaged) as error:
+                log.error("not restored; its files are kept", directory=str(home), reason=str(error))
+                self._kept[home] = str(error)
+            else:
+                engine.add(parameter_set)
+                log.info("restored", parameter_set=parameter_set.spec.id, version=parameter_set.position.version)
 
     def check_free(self, set_id: str) -> None:
         """Raises ParameterSetExists for the id of a set that is kept here only."""
@@ -106,59 +117,82 @@ class DataDirectory:
             )
 
     def delete(self, set_id: str) -> None:
-        """Remove a set's checkpoints, if it has any; raises OSError if they can't be removed."""
-        home = self._home(set_id)
-        if home.exists():
-            condemned = home.with_suffix(DELETED)
-            home.rename(condemned)  # from here on they don't count
-            _sync(self._sets)
-            shutil.rmtree(condemned)
+        """Remove a set; raises OSError if that can't be."""
+        with self._changing:
+            keeper = self._keepers.pop(set_id, None)
+        if keeper is not None:
+            keeper.delete()
 
     def close(self) -> None:
         """Let another server use the directory."""
+        for keeper in self.keepers:
+            keeper.close()
         self._lock.close()
+
+    def _keeper(self, set_id: str) -> Keeper:
+        with self._changing:
+            if set_id not in self._keepers:
+                raise ParameterSetNotFound(f"parameter set {set_id!r} was deleted")
+            return self._keepers[set_id]
 
     def _home(self, set_id: str) -> Path:
         """No id reaches the file system: its hash does."""
         return self._sets / hashlib.sha256(set_id.encode()).hexdigest()[:32]
 
 
-def _generations(home: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(home.glob(f"*{SUFFIX}"), key=_number, reverse=True)
+def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> ParameterSet:
+    """The set that a directory has; raises Damaged, OSError or OptserveErrors if there is none that can be here."""
+    for leftover in (*home.glob(f"*{files.TEMPORARY}"), *home.glob(f"*{files.CONDEMNED}")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    present = checkpoint.present(home)
+    _check_current(home, present)
+    damaged: list[Path] = []
+    for path in present:
+        try:
+            described = checkpoint.read(path)
+            parameter_set = engine.new(described.state.spec)
+            parameter_set.restore(described.state)
+            for nbytes in checkpoint.fill(path, described, parameter_set):
+                note(nbytes)
+        except InvalidArgument:  # sound, but not for this server
+            raise
+        except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
+            log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
+            damaged.append(path)
+            continue
+        parameter_set.stored(
+            Stored(described.state.events, described.state.position.version, (), Durability.CHECKPOINT)
+        )
+        _repeat(home, parameter_set, note)
+        for each in damaged:  # which must not count among those that are kept
+            files.rename(each, each.with_name(each.name + DAMAGED))
+        return parameter_set
+    raise Damaged("all of its checkpoints are damaged" if present else "it has no checkpoint")
 
 
-def _number(path: Path) -> int:
-    return int(path.name.partition("-")[0])
+def _repeat(home: Path, parameter_set: ParameterSet, note: Callable[[int], None]) -> None:
+    """Let happen again what the journal has."""
+    before = parameter_set.events
+    for event in journal.read(home, before):
+        parameter_set.repeat(event)
+        if event.content is not None:
+            note(sum(memoryview(part).nbytes for each in event.content.received for part in each.data))
+    if parameter_set.events > before:
+        log.info("journal repeated", parameter_set=parameter_set.spec.id, events=parameter_set.events - before)
 
 
-def _tensors(state: State) -> dict[str, np.ndarray[Any, Any]]:
-    tensors = {
-        f"{name}{SEPARATOR}{compute.name}": array
-        for name, arena in state.arenas.items()
-        for compute, array in arena.items()
-    }
-    return tensors | {RECORD: np.frombuffer(record.to_json(state).encode(), np.uint8)}
-
-
-def _read(path: Path) -> State:
-    arenas: dict[str, Arena] = {}
-    with safe_open(path, "numpy") as file:
-        checksums = json.loads(file.metadata()["crc32"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    for name, array in tensors.items():
-        if zlib.crc32(array.data) != checksums[name]:
-            raise ValueError(f"checksum of {name} does not match")
-    text = tensors.pop(RECORD).tobytes().decode()
-    for name, array in tensors.items():
-        arena, _, compute = name.rpartition(SEPARATOR)
-        arenas.setdefault(arena, {})[np.dtype(compute)] = array
-    return record.from_json(text, arenas)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _check_current(home: Path, present: list[Path]) -> None:
+    """Say so if the pointer is not to the newest checkpoint: each is checked by itself."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        current = (home / checkpoint.CURRENT).read_text()
+    except (OSError, ValueError) as error:
+        current = f"({error})"
+    if present and current != present[0].name:
+        log.warning("the newest checkpoint is not the current one", directory=str(home), current=current)
+
+
+def _nbytes(home: Path) -> int:
+    """Bytes that a set's restoration reads, about."""
+    newest = checkpoint.present(home)[:1]
+    read = [each for path in newest for each in path.iterdir()] + [path for _, path in journal.segments(home)]
+    return sum(path.stat().st_size for path in read)

@@ -33,7 +33,8 @@ class File:
         left = [part for buffer in buffers for part in _parts(memoryview(buffer).cast("B"))]
         left.reverse()
         while left:
-            batch, nbytes = [], 0
+            batch: list[memoryview] = []
+            nbytes = 0
             while left and len(batch) < MOST_BUFFERS and nbytes + len(left[-1]) <= LARGEST_WRITE:
                 nbytes += len(left[-1])
                 batch.append(left.pop())

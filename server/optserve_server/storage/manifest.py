@@ -1,9 +1,14 @@
-"""A set's state without its tensors, as JSON and back. Nothing in it is executable."""
+"""Manifests: all of a checkpoint but its tensors, as JSON with a checksum. Nothing in it is executable."""
 
 import base64
 import datetime
+import hashlib
 import json
+import platform
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -23,40 +28,57 @@ from optserve._messages import (
 from optserve._results import Change, Position
 from optserve.optim import Optimizer
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2
-from optserve_server.engine.arena import Arena
 from optserve_server.engine.pipeline import Progress
-from optserve_server.engine.sessions import Session
+from optserve_server.engine.sessions import Kept, Session
 from optserve_server.engine.state import State
+from optserve_server.storage.tensors import Damaged, Entry
 
-FORMAT = 2
+FORMAT = 3
 
 
-def to_json(state: State) -> str:
-    """Everything but the arenas."""
-    return json.dumps(
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A state without its arenas, and the entries of the files that have them, by the arena's name."""
+
+    state: State
+    files: Mapping[str, Sequence[Entry]]
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """A line of JSON, and a line with its SHA-256."""
+    state = manifest.state
+    text = json.dumps(
         {
             "format": FORMAT,
+            "software": {name: metadata.version(name) for name in ("optserve", "numpy", "protobuf")}
+            | {"python": platform.python_version()},
             "spec": json_format.MessageToDict(encode_spec(state.spec)),
             "incarnation": state.position.incarnation,
             "version": state.position.version,
+            "events": state.events,
+            "rewinds": state.rewinds,
             "create_time": state.create_time.isoformat(),
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
             "changes": [json_format.MessageToDict(encode_change(each)) for each in state.changes],
             "progress": _from_progress(state.progress),
-            "keys": list(state.keys.items()),
             "forgotten": state.forgotten,
             "sessions": [_from_session(session) for session in state.sessions],
+            "files": {name: [asdict(entry) for entry in entries] for name, entries in manifest.files.items()},
         }
-    )
+    ).encode()
+    return text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n"
 
 
-def from_json(text: str, arenas: dict[str, Arena]) -> State:
-    """The state that `to_json` wrote, with its arenas.
+def from_bytes(data: bytes) -> Manifest:
+    """The manifest that `to_bytes` wrote.
 
-    Raises InvalidArgument for a set that can't be on this server, other ValueErrors or KeyError for what is not a state.
+    Raises Damaged for what is not one, InvalidArgument for a set that can't be on this server.
     """
+    text, _, checksum = data.rstrip(b"\n").rpartition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != checksum:
+        raise Damaged("the manifest's checksum does not match")
     record = json.loads(text)
     if record["format"] != FORMAT:
         raise InvalidState(
@@ -67,18 +89,20 @@ def from_json(text: str, arenas: dict[str, Arena]) -> State:
         decoded = decode_spec(spec)
     except InvalidArgument as error:
         raise type(error)(f"parameter set {spec.id!r}: {error}") from error
-    return State(
+    state = State(
         spec=decoded,
-        position=Position(record["incarnation"], record["version"], record["version"]),
+        position=Position(record["incarnation"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         changes=[_to_change(each) for each in record["changes"]],
-        arenas=arenas,
+        arenas={},
         progress=_to_progress(record["progress"]),
-        keys=dict(record["keys"]),
         forgotten=record["forgotten"],
         sessions=[_to_session(each) for each in record["sessions"]],
+        events=record["events"],
+        rewinds=record["rewinds"],
     )
+    return Manifest(state, {name: [_to_entry(each) for each in entries] for name, entries in record["files"].items()})
 
 
 def _to_optimizer(record: Any) -> Optimizer:
@@ -111,22 +135,30 @@ def _to_change(record: Any) -> Change:
     return decode_change(json_format.ParseDict(record, optimizer_pb2.Change()))
 
 
+def _to_entry(record: Any) -> Entry:
+    return Entry(record["name"], record["dtype"], tuple(record["shape"]), record["crc32"])
+
+
 def _from_session(session: Session) -> dict[str, Any]:
     return {
         "client_id": session.client_id,
         "epoch": session.epoch,
         "last_sequence": session.last_sequence,
         "receipts": [
-            [base64.b64encode(digest).decode(), json_format.MessageToDict(encode_receipt(receipt))]
-            for digest, receipt in session.receipts.values()
+            [
+                base64.b64encode(kept.digest).decode(),
+                json_format.MessageToDict(encode_receipt(kept.receipt)),
+                kept.event,
+            ]
+            for kept in session.receipts.values()
         ],
     }
 
 
 def _to_session(record: Any) -> Session:
     receipts = OrderedDict()
-    for digest, each in record["receipts"]:
+    for digest, each, event in record["receipts"]:
         receipt = decode_receipt(json_format.ParseDict(each, step_pb2.Receipt()))
-        receipts[receipt.sequence] = (base64.b64decode(digest), receipt)
+        receipts[receipt.sequence] = Kept(base64.b64decode(digest), receipt, event)
     last = record["last_sequence"]
     return Session(record["client_id"], record["epoch"], last, durable_sequence=last, receipts=receipts)

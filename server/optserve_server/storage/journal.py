@@ -1,0 +1,343 @@
+"""Journals: every event of a set, on stable storage before it is acknowledged, or a second later.
+
+A journal is a row of segments, files whose first event is in their name. Each is made of records: a header, with a checksum of
+its own that nobody can guess (a salt is in it), and an event, whose checksum goes on from that of the event before. Segments
+and records also say which event was known to be on stable storage when they were written. So a reader tells what a crash left
+unfinished (nothing that came later knew it to be stored: it is passed over) from damage (refused).
+"""
+
+import itertools
+import secrets
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+
+from optserve._errors import StorageFailed
+from optserve._results import Durability
+from optserve._specification import Journal as Setting
+from optserve_server.engine.history import Event, Stored
+from optserve_server.storage import events, files
+from optserve_server.storage.files import File
+from optserve_server.storage.tensors import Damaged
+
+log = structlog.get_logger()
+
+WINDOW = 1.0  # seconds for which an acknowledged event may not be on stable storage, with "everysec"
+GRAIN = 1 << 20  # bytes; segments grow by multiples of it, so that one of another size was cut
+PREFIX = "journal-"
+
+_SEGMENT = struct.Struct("<8sQQQ")  # magic, salt, first event, event known to be stored
+_RECORD = struct.Struct(
+    "<4sQIQQI"
+)  # magic, size of the payload, of its message, event, event known to be stored, checksum
+_CHECKSUM = struct.Struct("<I")  # of a header
+_SEGMENT_MAGIC = b"optjrnl1"
+_RECORD_MAGIC = b"optR"
+_SEGMENT_SIZE = _SEGMENT.size + _CHECKSUM.size
+_RECORD_SIZE = _RECORD.size + _CHECKSUM.size
+
+
+class Journal:
+    """The journal of one set, to which events go; a `Log`.
+
+    `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if this server is not
+    to write any more. With "everysec", `sync_if_due` must be called often. After
+    an error of a sync nothing is acknowledged any more.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        last_event: int,
+        version: int,
+        setting: Setting,
+        stored: Callable[[Stored], None],
+        fence: Callable[[], None],
+    ) -> None:
+        self._home = home
+        self._fence = fence
+        self._always = setting is Setting.ALWAYS
+        self._stored = stored
+        self._changed = threading.Condition()
+        self._last = last_event
+        self._checksum = 0
+        self._version = version
+        self._synced = last_event
+        self._waiting_since: float | None = None  # when the oldest event came that is not synced
+        self._newer_since: float | None = None  # when the oldest came that is not being synced either
+        self._sequences: dict[tuple[str, int], int] = {}
+        self._syncing = False
+        self._failure: str | None = None
+        self._unsynced: list[File] = []  # segments that came to their end; the last one is the present one
+        for first, path in segments(home):
+            if first > last_event:  # begun before a crash, and what came before it is gone
+                files.remove(path)
+        self._begin()
+
+    def append(self, new: Sequence[Event]) -> None:
+        with self._changed:
+            self._check()
+        file, size, checksum = self._file, self._file.size, self._checksum
+        try:
+            buffers = [buffer for event in new for buffer in self._record(event)]
+            end = file.size + sum(memoryview(buffer).nbytes for buffer in buffers)
+            if end > file.reserved:
+                file.reserve(-(-end // GRAIN) * GRAIN)
+            file.write(buffers)
+        except OSError as error:
+            file.rewind(size)
+            self._checksum = checksum
+            raise StorageFailed(f"the journal can't be written, and nothing was applied: {error}") from error
+        with self._changed:
+            self._last, self._version = new[-1].number, new[-1].version
+            now = time.monotonic()
+            if self._waiting_since is None:
+                self._waiting_since = now
+            elif self._syncing and self._newer_since is None:
+                self._newer_since = now
+            for event in new:
+                for each in event.pushes:
+                    self._sequences[each.client_id, each.epoch] = each.receipt.sequence
+
+    def wait(self, number: int) -> None:
+        with self._changed:
+            while self._synced < number:
+                self._check()
+                if not self._always:
+                    if self._waiting_since is None or time.monotonic() - self._waiting_since < WINDOW:
+                        return
+                    self._changed.wait()
+                elif self._syncing:
+                    self._changed.wait()
+                else:
+                    self._sync()
+
+    def sync_if_due(self) -> None:
+        """Sync what has waited for half the window; raises StorageFailed."""
+        with self._changed:
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since >= WINDOW / 2 and not self._syncing:
+                self._check()
+                self._sync()
+
+    def sync(self) -> None:
+        """Put all events on stable storage; raises StorageFailed."""
+        with self._changed:
+            while self._synced < self._last:
+                self._check()
+                if self._syncing:
+                    self._changed.wait()
+                else:
+                    self._sync()
+
+    def rotate(self) -> None:
+        """Let later events go to a new segment, so that the older can be removed; raises StorageFailed."""
+        if self._file.size > _SEGMENT_SIZE:
+            self._begin()
+
+    def fail(self, reason: str) -> None:
+        """Acknowledge nothing any more."""
+        with self._changed:
+            self._failure = self._failure or reason
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close the segments; what is not synced may be lost."""
+        self.fail("the journal was closed")
+        with self._changed:
+            while self._syncing:
+                self._changed.wait()
+        for file in self._unsynced:
+            file.close()
+        self._unsynced = []
+
+    def _begin(self) -> None:
+        path = self._home / f"{PREFIX}{self._last + 1:020d}"
+        temporary = path.with_name(path.name + files.TEMPORARY)
+        salt = secrets.randbits(64)
+        header = _sealed(_SEGMENT.pack(_SEGMENT_MAGIC, salt, self._last + 1, self._synced), 0)
+        try:
+            files.remove(temporary)
+            file = File(temporary)
+            file.reserve(GRAIN)
+            file.write([header])
+            file.sync()
+            files.rename(temporary, path)
+        except OSError as error:
+            raise StorageFailed(f"no segment of the journal can be begun: {error}") from error
+        self._file, self._salt = file, salt
+        self._checksum = zlib.crc32(header)
+        with self._changed:
+            self._unsynced.append(self._file)
+            self._new = True  # its name is not synced yet
+
+    def _record(self, event: Event) -> list[Any]:
+        encoded, data = events.encode(event)
+        checksum = zlib.crc32(encoded, self._checksum)
+        size = len(encoded)
+        for buffer in data:
+            checksum = zlib.crc32(buffer, checksum)
+            size += memoryview(buffer).nbytes
+        self._checksum = checksum
+        header = _RECORD.pack(_RECORD_MAGIC, size, len(encoded), event.number, self._synced, checksum)
+        return [_sealed(header, self._salt), encoded, *data]
+
+    def _sync(self) -> None:
+        """Sync what there is; called under the lock, which is let go of meanwhile."""
+        self._syncing = True
+        segments, last, version = list(self._unsynced), self._last, self._version
+        sequences, self._sequences = self._sequences, {}
+        new = self._new
+        self._changed.release()
+        try:
+            self._fence()
+            for segment in segments:
+                segment.sync()
+            if new:
+                files.sync_directory(self._home)
+        except OSError as error:
+            failure: str | None = f"the journal can't be synced, and acknowledges nothing more until a restart: {error}"
+        else:
+            failure = None
+        finally:
+            self._changed.acquire()
+            self._syncing = False
+            self._changed.notify_all()
+        if failure is not None:
+            self._failure = failure
+            log.error("journal failed", home=str(self._home), reason=failure)
+            self._check()
+        self._synced = last
+        self._waiting_since, self._newer_since = self._newer_since, None
+        self._new = self._new and self._file is not segments[-1]
+        for segment in segments[:-1]:
+            segment.close()
+        self._unsynced = self._unsynced[len(segments) - 1 :]
+        pushed = [(*session, sequence) for session, sequence in sequences.items()]
+        self._stored(Stored(last, version, pushed, Durability.JOURNAL))
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise StorageFailed(self._failure)
+
+
+def segments(home: Path) -> list[tuple[int, Path]]:
+    """The segments in a set's directory with their first events, in order."""
+    names = [path for path in home.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted((int(path.name.removeprefix(PREFIX)), path) for path in names)
+
+
+def remove_before(home: Path, event: int) -> None:
+    """Remove the segments that have no event after a number; raises OSError."""
+    present = segments(home)
+    for (_, path), (next_first, _) in itertools.pairwise(present):
+        if next_first <= event + 1:
+            files.remove(path)
+
+
+def read(home: Path, after: int) -> Iterator[Event]:
+    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError."""
+    present = segments(home)
+    number = after
+    for place, (first, path) in enumerate(present):
+        if place + 1 < len(present) and present[place + 1][0] <= after + 1:
+            continue
+        segment = Segment(path, first)
+        if first > number + 1:
+            if segment.known_stored() > number:
+                raise Damaged(f"{path}: expected event {number + 1} before; a later one knew it to be stored")
+            log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number + 1)
+            return
+        for event in segment:
+            if event.number > number:
+                number = event.number
+                yield event
+
+
+class Header(NamedTuple):
+    """What a record says of itself."""
+
+    size: int
+    encoded: int
+    event: int
+    synced: int
+    checksum: int
+
+
+class Segment:
+    """The events of one segment, read one by one until what a crash left unfinished; raises Damaged or OSError."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        self._path = path
+        self._first = first
+
+    def __iter__(self) -> Iterator[Event]:
+        with self._path.open("rb", buffering=0) as file:
+            salt, _, checksum = self._opened(file)
+            place, number = _SEGMENT_SIZE, self._first
+            while (header := _header(_read(file, place, _RECORD_SIZE), salt)) is not None and header.event == number:
+                payload = memoryview(_read(file, place + _RECORD_SIZE, header.size))
+                checksum = zlib.crc32(payload, checksum)
+                if len(payload) < header.size or checksum != header.checksum:
+                    break
+                yield events.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
+                place += _RECORD_SIZE + header.size
+                number += 1
+            if self._known_stored(file, place, salt) >= number:
+                raise Damaged(f"{self._path}: event {number} is damaged, or missing; a later one knew it to be stored")
+            if any(_read(file, place, _RECORD_SIZE)):
+                log.warning("passed over the unfinished end of a journal", path=str(self._path), first_event=number)
+
+    def known_stored(self) -> int:
+        """The last event that anything in the segment knew to be on stable storage."""
+        with self._path.open("rb", buffering=0) as file:
+            salt, synced, _ = self._opened(file)
+            return max(synced, self._known_stored(file, _SEGMENT_SIZE, salt))
+
+    def _opened(self, file: Any) -> tuple[int, int, int]:
+        """Salt, event known to be stored, and checksum of the segment's header."""
+        size = file.seek(0, 2)
+        if size < GRAIN or size % GRAIN:
+            raise Damaged(f"{self._path}: expected a multiple of {GRAIN} bytes; got {size}: it was cut")
+        header = _read(file, 0, _SEGMENT_SIZE)
+        magic, salt, first, synced = _SEGMENT.unpack_from(header)
+        if (magic, first, header) != (_SEGMENT_MAGIC, self._first, _sealed(header[: _SEGMENT.size], 0)):
+            raise Damaged(f"{self._path}: the header of the segment is damaged")
+        return salt, synced, zlib.crc32(header)
+
+    def _known_stored(self, file: Any, place: int, salt: int) -> int:
+        """What records from there on knew to be on stable storage, wherever they begin."""
+        known = 0
+        while data := _read(file, place, GRAIN + _RECORD_SIZE):
+            begin = -1
+            while (begin := data.find(_RECORD_MAGIC, begin + 1)) >= 0:
+                header = _header(data[begin : begin + _RECORD_SIZE], salt)
+                known = max(known, header.synced if header is not None else 0)
+            place += GRAIN
+        return known
+
+
+def _sealed(header: bytes, salt: int) -> bytes:
+    return header + _CHECKSUM.pack(zlib.crc32(header, salt & 0xFFFFFFFF))
+
+
+def _header(data: bytes, salt: int) -> Header | None:
+    if len(data) < _RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
+        return None
+    return Header(*_RECORD.unpack_from(data)[1:])
+
+
+def _read(file: Any, place: int, size: int) -> bytes:
+    """So many bytes of a file, or as many as there are."""
+    file.seek(place)
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

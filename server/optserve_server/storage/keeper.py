@@ -1,0 +1,148 @@
+"""Keepers: what keeps one set on stable storage, its checkpoints and its journal."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from optserve._errors import StorageFailed
+from optserve._results import Durability
+from optserve._specification import Journal as Setting
+from optserve_server.engine.history import Stored
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.state import State
+from optserve_server.storage import checkpoint, files, journal
+from optserve_server.storage.checkpoint import Draft, Part, Shadow
+from optserve_server.storage.journal import Journal
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How checkpoints are made: so many are kept; at most `copied` of a set's state is copied at a time, so that steps go on
+    while it is written. The rest is written while steps wait."""
+
+    checkpoints: int = 2
+    copied: float = 1.0
+
+
+class Keeper:
+    """Keeps one set. Every method may be called from any thread."""
+
+    def __init__(
+        self, home: Path, parameter_set: ParameterSet, retention: Retention, shadow: Shadow, fence: Callable[[], None]
+    ) -> None:
+        self.parameter_set = parameter_set
+        self.home = home
+        self._retention = retention
+        self._shadow = shadow
+        self._fence = fence
+        self._writing = threading.Lock()
+        present = checkpoint.present(home)
+        self._last_event = checkpoint.event_of(present[0]) if present else -1
+        self.written_at = time.monotonic() if present else 0.0  # when the last checkpoint was written
+        self._journal: Journal | None = None
+        if parameter_set.spec.journal is not Setting.OFF:
+            position = parameter_set.position
+            self._journal = Journal(
+                home,
+                parameter_set.events,
+                position.version,
+                parameter_set.spec.journal,
+                parameter_set.stored,
+                fence,
+            )
+            parameter_set.keep(self._journal)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether anything has happened since the last checkpoint."""
+        return self.parameter_set.events != self._last_event
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts."""
+        with self._writing:
+            if not self.is_behind:
+                return
+            try:
+                self._fence()
+                state = self._write()
+                self._remove_old()
+            except OSError as error:
+                raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
+            self._last_event = state.events
+            self.written_at = time.monotonic()
+            pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
+            self.parameter_set.stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
+
+    def sync_if_due(self) -> None:
+        """Sync the journal if that is due; raises StorageFailed."""
+        if self._journal is not None:
+            self._journal.sync_if_due()
+
+    def close(self) -> None:
+        """Write nothing any more; what the journal has not synced is synced first, if it can be."""
+        with self._writing:
+            if self._journal is not None:
+                try:
+                    self._journal.sync()
+                except StorageFailed as error:
+                    log.error("journal not synced", parameter_set=self.parameter_set.spec.id, reason=str(error))
+                self._journal.close()
+
+    def delete(self) -> None:
+        """Remove all of it; raises OSError."""
+        with self._writing:
+            if self._journal is not None:
+                self._journal.close()
+            files.remove_directory(self.home)
+
+    def _write(self) -> State:
+        most_copied = int(self._retention.copied * self.parameter_set.state_bytes)
+        self._shadow.reserve(most_copied)
+        began = time.monotonic()
+        with self.parameter_set.frozen() as state:
+            draft = Draft(self.home, state)
+            try:
+                if self._journal is not None:
+                    self._journal.rotate()
+                now, later = _split(draft.parts(), most_copied)
+                draft.write(now)
+                later = self._shadow.copies(later)
+            except BaseException:
+                draft.close()
+                raise
+        stalled = time.monotonic() - began
+        try:
+            draft.write(later)
+            draft.publish()
+        finally:
+            draft.close()
+        log.info(
+            "checkpoint written",
+            parameter_set=state.spec.id,
+            version=state.position.version,
+            seconds=round(time.monotonic() - began, 3),
+            steps_waited=round(stalled, 3),
+        )
+        return state
+
+    def _remove_old(self) -> None:
+        present = checkpoint.present(self.home)
+        for old in present[self._retention.checkpoints :]:
+            files.remove_directory(old)
+        kept = present[: self._retention.checkpoints]
+        journal.remove_before(self.home, checkpoint.event_of(kept[-1]))
+
+
+def _split(parts: list[Part], most: int) -> tuple[list[Part], list[Part]]:
+    """The parts, so that the later ones have at most so many bytes."""
+    total = sum(part.size for _, _, part in parts)
+    sizes = itertools.accumulate((part.size for _, _, part in parts), initial=0)
+    first = next(place for place, size in enumerate(sizes) if total - size <= most)
+    return parts[:first], parts[first:]

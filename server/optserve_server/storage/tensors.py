@@ -1,0 +1,144 @@
+"""Files of tensors in the safetensors format (https://github.com/huggingface/safetensors), streamed and checked.
+
+The library's own writer needs all tensors at once and syncs nothing, its reader maps files, which ends the process if one is
+cut short; so the few lines of the format are here, and tests hold them to the library.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve_server.storage.files import File
+
+PAGE = 4096  # bytes; where the elements begin
+PART = 16 << 20  # bytes that are checked and written, or read, at a time
+
+_NAMES = {
+    np.dtype(t): name
+    for t, name in ((np.float32, "F32"), (np.float64, "F64"), (np.uint16, "U16"), (np.uint8, "U8"), (np.int64, "I64"))
+}
+_RESERVED = "__metadata__"
+
+
+class Damaged(ValueError):
+    """What a file has is not what was written there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a file: its name there, what it is, and the CRC-32 of its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class Writer:
+    """Writes one file; `parts` in order, then `finish`. Raises OSError."""
+
+    def __init__(self, path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+        self._names = [_named(name, index) for index, name in enumerate(tensors)]
+        self._tensors = list(tensors.values())
+        self._checksums = [0] * len(self._tensors)
+        self._file = File(path)
+        self._file.write([_header(dict(zip(self._names, self._tensors, strict=True)), metadata)])
+
+    def parts(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """All elements in order, in pieces, with the index of the tensor that they belong to."""
+        for index, tensor in enumerate(self._tensors):
+            data = tensor.reshape(-1).view(np.uint8)
+            for begin in range(0, data.size, PART):
+                yield index, data[begin : begin + PART]
+
+    def write(self, index: int, part: NDArray[np.uint8]) -> None:
+        """Write a piece."""
+        self._checksums[index] = zlib.crc32(part.data, self._checksums[index])
+        self._file.write([part.data])
+
+    def finish(self) -> list[Entry]:
+        """Sync the file; its entries."""
+        self._file.sync()
+        return [
+            Entry(name, _NAMES[tensor.dtype], tensor.shape, checksum)
+            for name, tensor, checksum in zip(self._names, self._tensors, self._checksums, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_into(path: Path, tensors: Sequence[NDArray[Any]], entries: Sequence[Entry]) -> Iterator[int]:
+    """Read a file's elements to where tensors lie, yielding how many bytes were read; raises Damaged or OSError."""
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_header(path, file, entries)
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if (entry.dtype, entry.shape) != (_NAMES[tensor.dtype], tensor.shape):
+                raise Damaged(f"{path}: expected {entry.name!r} to be {tensor.dtype}{list(tensor.shape)}; got {entry}")
+            checksum, data = 0, tensor.reshape(-1).view(np.uint8)
+            for begin in range(0, data.size, PART):
+                part = data[begin : begin + PART]
+                if file.readinto(part.data) != part.size:
+                    raise Damaged(f"{path}: expected all of {entry.name!r}; the file ends at {size} bytes")
+                checksum = zlib.crc32(part.data, checksum)
+                yield part.size
+            if checksum != entry.crc32:
+                raise Damaged(f"{path}: the checksum of {entry.name!r} does not match")
+        if file.tell() != size:
+            raise Damaged(f"{path}: expected {file.tell()} bytes; got {size}")
+
+
+def check(path: Path, entries: Sequence[Entry]) -> Iterator[int]:
+    """Read a file, and check it, yielding how many bytes were read; raises Damaged or OSError."""
+    names = {name: dtype for dtype, name in _NAMES.items()}
+    for entry in entries:
+        if entry.dtype not in names:
+            raise Damaged(f"{path}: expected a dtype among {', '.join(names)}; got {entry.dtype}")
+    tensors = [np.empty(entry.shape, names[entry.dtype]) for entry in entries]
+    yield from read_into(path, tensors, entries)
+
+
+def _check_header(path: Path, file: Any, entries: Sequence[Entry]) -> None:
+    length = int.from_bytes(file.read(8), "little")
+    if length > os.fstat(file.fileno()).st_size:
+        raise Damaged(f"{path}: expected a header; got {length} for its length")
+    try:
+        header = json.loads(file.read(length))
+        header.pop(_RESERVED, None)
+        present = [(name, each["dtype"], tuple(each["shape"])) for name, each in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{path}: expected a header of the safetensors format ({error})") from error
+    if present != [(entry.name, entry.dtype, entry.shape) for entry in entries]:
+        raise Damaged(f"{path}: the header is not the one that was written")
+
+
+def _header(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {_RESERVED: dict(metadata)}
+    begin = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, begin + tensor.nbytes],
+        }
+        begin += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _named(name: str, index: int) -> str:
+    """A tensor's name in a file; the format has a meaning for one."""
+    return name if name != _RESERVED else f"tensor-{index}"
