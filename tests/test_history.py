@@ -1,0 +1,270 @@
+"""History repeated: what a journal has of a set makes the same set again, bit for bit, whatever the set can do."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import optserve
+from direct import restored
+from optserve import formats, optim, schedules
+from optserve._errors import InvalidArgument
+from optserve._messages import encode_receipt
+from optserve_server import Config, Server
+from optserve_server.engine.parameter_set import ParameterSet
+from optserve_server.engine.state import State
+
+Array = np.ndarray[Any, Any]
+SHAPES = {"w": (130, 33), "b": (7,), "scalar": ()}
+STEPS = 7
+
+SETS: dict[str, dict[str, Any]] = {
+    "SGD": {"optimizer": optim.SGD(lr=0.1)},
+    "AdamW in groups": {
+        "optimizer": optim.AdamW(lr=0.01),
+        "groups": [optim.Group("slow", "b", lr=0.001)],
+    },
+    "NAdam, which remembers": {"optimizer": optim.NAdam(lr=0.01)},
+    "a schedule": {"optimizer": optim.Adam(lr=schedules.Cosine(0.1, 5))},
+    "accumulation": {"optimizer": optim.Adam(lr=0.01), "transforms": optserve.Transforms(accumulate=3)},
+    "clipping by the global norm": {
+        "optimizer": optim.SGD(lr=0.1),
+        "transforms": optserve.Transforms(clip=optserve.ClipGlobalNorm(1.0)),
+    },
+    "averages": {
+        "optimizer": optim.SGD(lr=0.1),
+        "transforms": optserve.Transforms(
+            lookahead=optserve.Lookahead(every=2), average=optserve.EMA(0.9), nonfinite=optserve.SkipNonFinite()
+        ),
+    },
+    "Muon": {"optimizer": optim.Muon(lr=0.01)},
+    "Prodigy": {"optimizer": optim.Prodigy(d0=0.01)},
+    "bfloat16 state": {"optimizer": optim.Adam(lr=0.01), "state": "bfloat16"},
+    "int8 state": {"optimizer": optim.Adam(lr=0.01), "state": "int8"},
+    "moments only": {"optimizer": optim.Adam(lr=0.01), "holds": "moments"},
+    "no guard": {"optimizer": optim.Adam(lr=0.01), "guard": False},
+}
+
+
+def tensors(dtype: Any = np.float32, seed: int = 0) -> dict[str, Array]:
+    random = np.random.default_rng(seed)
+    return {name: np.asarray(random.standard_normal(shape)).astype(dtype) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[Server]:
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path / "data")) as server:
+        yield server
+
+
+@pytest.fixture
+def worker(durable: Server) -> Iterator[optserve.Client]:
+    with optserve.Client(durable.address) as worker:
+        yield worker
+
+
+def assert_repeats(durable: Server, tmp_path: Path) -> State:
+    """What is on disk now, as after a crash, makes the server's only set again."""
+    (ours,) = durable._engine.list()
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    theirs = restored(tmp_path / "copy")
+    assert_same(ours, theirs)
+    return theirs.capture()
+
+
+def assert_same(ours: ParameterSet, theirs: ParameterSet) -> None:
+    expected, state = ours.capture(), theirs.capture()
+    entries = state.entries()
+    for name, arrays in expected.entries().items():
+        for tensor, array in arrays.items():
+            assert array.tobytes() == entries[name][tensor].tobytes(), (name, tensor)
+    assert (state.events, state.position.version) == (expected.events, expected.position.version)
+    assert (state.optimizers, state.changes, state.keys) == (expected.optimizers, expected.changes, expected.keys)
+    assert state.progress.steps.tolist() == expected.progress.steps.tolist()
+    assert state.progress.memory == expected.progress.memory
+    for name, values in expected.progress.group_memory.items():
+        np.testing.assert_array_equal(state.progress.group_memory[name], values)
+    for name in ("accumulated", "accumulating", "skipped"):
+        assert getattr(state.progress, name) == getattr(expected.progress, name), name
+    pushed = {client: session for client, session in sessions_of(expected).items() if session[1]}
+    assert sessions_of(state) == pushed
+
+
+def sessions_of(state: State) -> dict[str, tuple[int, int, list[bytes]]]:
+    """Epoch, last sequence and receipts by client."""
+    return {
+        each.client_id: (
+            each.epoch,
+            each.last_sequence,
+            [encode_receipt(kept.receipt).SerializeToString(deterministic=True) for kept in each.receipts.values()],
+        )
+        for each in state.sessions
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, id=f"{kind}, {dtype.__name__}")
+        for kind, options in SETS.items()
+        for dtype in (np.float32, np.float64, ml_dtypes.bfloat16)
+        if dtype is not np.float64 or "state" not in options  # in fewer bits, it is of float32
+    ],
+)
+def test_pushes(kind: str, dtype: Any, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """Also refused ones, and such as have a part of the tensors, change hyperparameters or scale the loss."""
+    options = dict(SETS[kind])
+    weights = worker.create_parameter_set("set", tensors(dtype), options.pop("optimizer"), journal="always", **options)
+    parts = "accumulate" not in repr(options.get("transforms", "")) or options["transforms"].accumulate == 1
+    for step in range(STEPS):
+        gradients = tensors(dtype, seed=step + 1)
+        if step == 2 and parts:
+            del gradients["b"]
+        if step == 3 and options.get("guard", True):
+            bad = {**gradients, "b": np.full(7, np.nan, dtype)}
+            refused = contextlib.nullcontext() if kind == "averages" else pytest.raises(optserve.NonFiniteValue)
+            with refused:
+                weights.push(bad)
+        weights.push(
+            gradients,
+            hyperparameters={"default": {"weight_decay": 0.0}} if step == 4 else None,
+            loss_scale=128.0 if step == 5 else 1.0,
+        )
+        if step == 5:
+            weights.update(lr=0.003)
+    assert_repeats(durable, tmp_path)
+
+
+@pytest.mark.parametrize("format", [formats.BFloat16(), formats.Float16(), formats.Int8(), formats.TopK(0.1)], ids=str)
+def test_pushes_in_formats(format: formats.Format, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    weights = worker.create_parameter_set("set", tensors(), optim.Adam(), journal="always", push_format=format)
+    for step in range(STEPS):
+        weights.push(tensors(seed=step))
+    assert_repeats(durable, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        optserve.Transforms(),
+        optserve.Transforms(accumulate=2),
+        optserve.Transforms(clip=optserve.ClipGlobalNorm(0.5)),
+        optserve.Transforms(clip=optserve.ClipAdaptive(0.01)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_rounds_of_which_the_journal_has_the_mean(
+    transforms: optserve.Transforms, dtype: Any, durable: Server, worker: optserve.Client, tmp_path: Path
+) -> None:
+    weights = worker.create_parameter_set(
+        "set",
+        tensors(dtype),
+        optim.Adam(lr=0.01),
+        journal="always",
+        policy=optserve.Sync(workers=3),
+        transforms=transforms,
+    )
+    handles = [weights, *(worker.parameter_set("set") for _ in range(2))]
+    with ThreadPoolExecutor(3) as pool:
+        for step in range(5):
+            list(pool.map(lambda k: handles[k].push(tensors(dtype, seed=3 * step + k)), range(3)))  # noqa: B023
+    journal = sum(path.stat().st_size for path in (tmp_path / "data").rglob("journal-*"))
+    assert journal == 1 << 20
+    assert_repeats(durable, tmp_path)
+
+
+def test_rounds_of_moments_with_parameters_and_weight_decay(
+    durable: Server, worker: optserve.Client, tmp_path: Path
+) -> None:
+    weights = worker.create_parameter_set(
+        "set", tensors(), optim.AdamW(), holds="moments", journal="always", policy=optserve.Sync(workers=2)
+    )
+    handles = [weights, worker.parameter_set("set")]
+    with ThreadPoolExecutor(2) as pool:
+        for step in range(4):
+            list(pool.map(lambda k: handles[k].push(tensors(seed=step + k), parameters=tensors()), range(2)))  # noqa: B023
+    assert_repeats(durable, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_and_tables(workers: int, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    table = optserve.Table((5,), capacity=64, initial=optserve.Normal(std=0.1, seed=3))
+    weights = worker.create_parameter_set(
+        "set",
+        {"table": table, "rows": np.zeros((40, 3), np.float32), "b": np.zeros(7, np.float32)},
+        optim.Adagrad(lr=0.1),
+        journal="always",
+        policy=optserve.Sync(workers=2) if workers == 2 else optserve.Async(),
+    )
+    handles = [weights, worker.parameter_set("set")][:workers]
+
+    def push(k: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        keys, rows = random.integers(0, 50, 6), random.integers(0, 40, 4)
+        handles[k].push(
+            {
+                "table": optserve.RowSparse(keys, random.standard_normal((6, 5)).astype(np.float32)),
+                "rows": optserve.RowSparse(rows, random.standard_normal((4, 3)).astype(np.float32)),
+                "b": random.standard_normal(7).astype(np.float32),
+            }
+        )
+
+    with ThreadPoolExecutor(workers) as pool:
+        for step in range(5):
+            list(pool.map(lambda k: push(k, 10 * step + k), range(workers)))  # noqa: B023
+    assert_repeats(durable, tmp_path)
+
+
+def test_pushes_through_shared_memory(durable: Server, tmp_path: Path) -> None:
+    with optserve.Client(durable.address, transport="shared_memory") as local:
+        weights = local.create_parameter_set("set", {"w": np.zeros(40_000, np.float32)}, optim.Adam(), journal="always")
+        for seed in range(3):
+            weights.step({"w": np.random.default_rng(seed).standard_normal(40_000).astype(np.float32)}, copy=False)
+        assert_repeats(durable, tmp_path)
+
+
+def test_pushes_that_shared_a_pass(durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    worker.create_parameter_set("set", tensors(), optim.AdamW(lr=0.01), journal="always")
+
+    def work(k: int) -> None:
+        with worker.parameter_set("set") as mine:
+            for step in range(10):
+                mine.push(tensors(seed=100 * k + step))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert assert_repeats(durable, tmp_path).position.version == 60
+
+
+def test_a_journal_needs_a_data_directory(tcp_client: optserve.Client) -> None:
+    with pytest.raises(optserve.NoDataDirectory, match="--data-dir"):
+        tcp_worker.create_parameter_set("journaled", tensors(), optim.SGD(), journal="always")
+    with pytest.raises(InvalidArgument, match="'off', 'everysec', 'always'"):
+        tcp_worker.create_parameter_set("journaled", tensors(), optim.SGD(), journal="sometimes")
+
+
+def test_warm_is_resumed_and_not_cold(durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """A run that goes on after a crash makes the bits that it would have made without; one with fresh moments others."""
+    weights = worker.create_parameter_set("set", tensors(), optim.AdamW(lr=0.01), journal="always")
+    for step in range(4):
+        weights.push(tensors(seed=step))
+    parameters = dict(weights.pull())
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    with (
+        Server(Config(listen="127.0.0.1:0", data_dir=tmp_path / "copy")) as other,
+        optserve.Client(other.address) as restarted,
+    ):
+        resumed = restarted.parameter_set("set").step(tensors(seed=4))
+        cold = restarted.create_parameter_set("cold", parameters, optim.AdamW(lr=0.01)).step(tensors(seed=4))
+    warm = weights.step(tensors(seed=4))
+    assert warm.version == resumed.version == 5
+    for name, array in warm.items():
+        assert array.tobytes() == resumed[name].tobytes()
+        assert array.tobytes() != cold[name].tobytes()
