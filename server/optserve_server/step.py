@@ -92,10 +92,11 @@ class StepStream:
             raise MessageOrder("expected `open` once, in a stream's first message; got it again")
         self._set = self._engine.get(message.parameter_set_id)
         self._session = session = self._set.open(check_client_id(message.client_id), message.epoch, self)
+        last_receipt = self._set.last_receipt(session)
         opened = step_pb2.Opened(
             epoch=session.epoch,
             last_sequence=session.last_sequence,
-            last_receipt=encode_receipt(session.last_receipt) if session.last_receipt else None,
+            last_receipt=encode_receipt(last_receipt) if last_receipt else None,
             position=encode_position(self._set.position),
             tensors=encode_tensors(self._set.spec.tensors),
         )

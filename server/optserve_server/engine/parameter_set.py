@@ -279,6 +279,11 @@ class ParameterSet:
             raise
         return self._told(commit.receipt, commit.event), commit.snapshot
 
+    def last_receipt(self, session: Session) -> Receipt | None:
+        """What became of a session's last push, and how far that has come by now; None before the first."""
+        receipt = session.last_receipt
+        return receipt and self._told(receipt, session.last_event)
+
     def _told(self, receipt: Receipt, event: int) -> Receipt:
         """A receipt that says how far it has come by now."""
         position = replace(receipt.position, durable_version=self.watermark.version)

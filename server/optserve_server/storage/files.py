@@ -109,6 +109,15 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(condemned)
 
 
+def sync(path: Path) -> None:
+    """Put on stable storage what a file has, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on stable storage."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

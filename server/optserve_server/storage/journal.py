@@ -48,7 +48,7 @@ class Journal:
 
     `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if this server is not
     to write any more. With "everysec", `sync_if_due` must be called often. After
-    an error of a sync nothing is acknowledged any more.
+    an error of a sync nothing is acknowledged any more. Raises OSError or StorageFailed.
     """
 
     def __init__(
@@ -78,6 +78,10 @@ class Journal:
         for first, path in segments(home):
             if first > last_event:  # begun before a crash, and what came before it is gone
                 files.remove(path)
+            else:  # a crash of the server alone may have left what could be read, and was never synced
+                files.sync(path)
+        files.sync_directory(home)
+        stored(Stored(last_event, version, (), Durability.JOURNAL))
         self._begin()
 
     def append(self, new: Sequence[Event]) -> None:
