@@ -23,6 +23,7 @@ import optserve
 from optserve_server.storage.files import TEMPORARY
 
 LIVES = (0.05, 0.4)  # seconds that a server serves
+CHECKPOINT_INTERVAL = 0.1  # seconds
 EARLY = 0.125  # of the kills come before it serves
 ROOM = 200  # pushes of a client into a set, for each kill
 FLOOR = 10.0  # acknowledged pushes for each kill, below which a run shows nothing
@@ -102,7 +103,7 @@ def run(kills: int, journal: str, clients: int, seed: int, directory: Path, *, w
     shape = Shape(clients, capacity=ROOM * (kills + 5))
     began = time.monotonic()
     with ExitStack() as stack:
-        server = stack.enter_context(served(directory, wrong))
+        server = stack.enter_context(served(directory, interval=CHECKPOINT_INTERVAL, wrong=wrong))
         server.wait()
         create(server.address, shape, journal)
         workers = stack.enter_context(Workers(server.address, shape, checkpoints=True, wrong=wrong))
@@ -127,10 +128,11 @@ def run(kills: int, journal: str, clients: int, seed: int, directory: Path, *, w
     return done
 
 
-def served(directory: Path, wrong: str | None = None) -> Server:
-    """A server with a data directory there, on a port of its own."""
-    listen = f"127.0.0.1:{free_port()}"
-    return Server("--listen", listen, "--data-dir", str(directory / "data"), log=directory / "log", wrong=wrong)
+def served(directory: Path, *, interval: float, wrong: str | None = None) -> Server:
+    """A server with a data directory there that writes checkpoints in an interval of seconds, on a port of its own."""
+    arguments = {"listen": f"127.0.0.1:{free_port()}", "data-dir": directory / "data", "checkpoint-interval": interval}
+    given = [f"--{name}={value}" for name, value in arguments.items()]
+    return Server(*given, log=directory / "log", wrong=wrong)
 
 
 def free_port() -> int:

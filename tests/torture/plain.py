@@ -45,7 +45,7 @@ class Plain:
     @staticmethod
     def reason(error: Any) -> str:
         """The stable name of what a call was refused with."""
-        return dict(error.trailing_metadata()).get("optserve-reason", "")
+        return str(dict(error.trailing_metadata()).get("optserve-reason", ""))
 
     def _open(self) -> Requests:
         if self._requests is None:

@@ -12,6 +12,7 @@ from tests.torture.plain import Plain
 import optserve
 from optserve import optim
 
+NEVER = 3600.0  # seconds, between checkpoints that nobody asks for
 CLIENTS, PUSHES = 2, 10  # each time; too few for one that is refused
 
 
@@ -19,7 +20,7 @@ def run(journal: str, directory: Path, *, wrong: str | None = None) -> Findings:
     """Workers push, a checkpoint is written, they push, the server is killed, they push again."""
     shape = Shape(CLIENTS, capacity=3 * PUSHES)
     with ExitStack() as stack:
-        server = stack.enter_context(served(directory, wrong))
+        server = stack.enter_context(served(directory, interval=NEVER, wrong=wrong))
         server.wait()
         create(server.address, shape, journal)
         workers = stack.enter_context(Workers(server.address, shape, checkpoints=False, wrong=wrong))
@@ -54,7 +55,7 @@ def check_that_counting_workers_are_told(directory: Path, *, wrong: str | None =
     """A worker that counts its pushes by itself, and does not look at what the server says when a stream opens, is refused
     when the server has lost some: else what comes after would hide the loss. Raises AssertionError if it is not."""
     one = np.ones(1, np.float32)
-    with served(directory, wrong) as server:
+    with served(directory, interval=NEVER, wrong=wrong) as server:
         server.wait()
         with optserve.Client(server.address) as client:
             client.create_parameter_set("counts", {"x": np.zeros(1, np.float32)}, optim.SGD(lr=1.0, maximize=True))
