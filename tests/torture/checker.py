@@ -64,7 +64,7 @@ class Findings:
 
     acked: int = 0
     lost: int = 0
-    duplicated: int = 0
+    duplicated: int = 0  # or there at all, and should not be
     taken_back: int = 0
     refused: int = 0
     indeterminate: int = 0

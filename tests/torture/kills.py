@@ -47,9 +47,14 @@ class Workers:
             orders.send(count)
 
     def ledgers(self) -> dict[str, list[Ledger]]:
-        """Wait for what was ordered, and take the ledgers of each set."""
-        answers: list[Mapping[str, Ledger]] = [orders.recv() for orders in self._orders]
-        return {set_id: [each[set_id] for each in answers] for set_id in (SUMS, ADAM)}
+        """Wait for what was ordered, and take the ledgers of each set; raises AssertionError if a worker had to give up."""
+        answers: list[Mapping[str, Ledger] | optserve.OptserveError] = [orders.recv() for orders in self._orders]
+        ledgers: dict[str, list[Ledger]] = {SUMS: [], ADAM: []}
+        for answer in answers:
+            assert not isinstance(answer, optserve.OptserveError), f"a worker gave up: {answer}"
+            for set_id, ledger in answer.items():
+                ledgers[set_id].append(ledger)
+        return ledgers
 
     def stop(self) -> dict[str, list[Ledger]]:
         """Let each finish the push that it is at, and make one more on each handle, to see the server as it is now."""

@@ -16,8 +16,8 @@ NEVER = 3600.0  # seconds, between checkpoints that nobody asks for
 CLIENTS, PUSHES = 2, 10  # each time; too few for one that is refused
 
 
-def run(journal: str, directory: Path, *, wrong: str | None = None) -> Findings:
-    """Workers push, a checkpoint is written, they push, the server is killed, they push again."""
+def run(journal: str, directory: Path, *, damage: bool = False, wrong: str | None = None) -> Findings:
+    """Workers push, a checkpoint is written, they push, the server is killed, the checkpoint damaged, and they push again."""
     shape = Shape(CLIENTS, capacity=3 * PUSHES)
     with ExitStack() as stack:
         server = stack.enter_context(served(directory, interval=NEVER, wrong=wrong))
@@ -30,18 +30,42 @@ def run(journal: str, directory: Path, *, wrong: str | None = None) -> Findings:
         workers.push(PUSHES)
         workers.ledgers()
         server.kill()
+        if damage:
+            damage_newest_checkpoints(directory)
         server.start()
         server.wait()
         workers.push(PUSHES)
         return found(server.address, shape, workers.ledgers(), journal)
 
 
-def check(journal: str, directory: Path, *, wrong: str | None = None) -> None:
-    """Raises AssertionError if pushes are not there that should be, or are that should not."""
-    findings = run(journal, directory, wrong=wrong)
+def check_without_journal(directory: Path, *, wrong: str | None = None) -> None:
+    """Raises AssertionError unless what was pushed after the checkpoint is gone, and nothing else, and the workers know."""
+    findings = run("off", directory, wrong=wrong)
     findings.check()
-    since_checkpoint = CLIENTS * PUSHES
-    assert findings.taken_back == (since_checkpoint if journal == "off" else 0), findings
+    assert findings.taken_back == CLIENTS * PUSHES, findings
+
+
+def check_with_journal(directory: Path, *, wrong: str | None = None) -> None:
+    """Raises AssertionError unless everything is there."""
+    findings = run("always", directory, wrong=wrong)
+    assert not findings.rollbacks, findings
+    findings.check()
+
+
+def check_with_damage(directory: Path, *, wrong: str | None = None) -> None:
+    """Raises AssertionError unless everything is there though the newest checkpoints are damaged."""
+    findings = run("always", directory, damage=True, wrong=wrong)
+    assert not findings.rollbacks, findings
+    findings.check()
+
+
+def damage_newest_checkpoints(directory: Path) -> None:
+    """Change a bit of the parameters in the newest checkpoint of every set."""
+    for home in (directory / "data" / "sets").iterdir():
+        path = max(home.glob("checkpoint-*")) / "parameters.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
 
 
 def checkpoint(address: str, *set_ids: str) -> None:

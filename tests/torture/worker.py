@@ -85,14 +85,23 @@ class Worker:
 
 
 def work(address: str, shape: Shape, client: int, checkpoints: bool, orders: Connection) -> None:
-    """Follow orders while there are some: each is a number of pushes that a newer one cuts short, answered with the ledgers."""
-    worker = Worker(address, shape, client)
+    """Follow orders while there are some: each is a number of pushes that a newer one cuts short, answered with the ledgers.
+
+    The answer may also be an error, which no worker can do anything about.
+    """
     with contextlib.suppress(EOFError):
-        while True:
-            for number in range(1, orders.recv() + 1):
-                worker.push()
-                if checkpoints and number % CHECKPOINT_EVERY == 0:
-                    worker.checkpoint()
-                if orders.poll():
-                    break
-            orders.send(worker.ledgers)
+        try:
+            _follow(Worker(address, shape, client), checkpoints, orders)
+        except optserve.OptserveError as error:
+            orders.send(error)
+
+
+def _follow(worker: Worker, checkpoints: bool, orders: Connection) -> None:
+    while True:
+        for number in range(1, orders.recv() + 1):
+            worker.push()
+            if checkpoints and number % CHECKPOINT_EVERY == 0:
+                worker.checkpoint()
+            if orders.poll():
+                break
+        orders.send(worker.ledgers)

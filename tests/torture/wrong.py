@@ -5,7 +5,6 @@ with it: else it would not find the mistake if somebody made it. Further entries
 """
 
 import argparse
-import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from tests.torture.children import call
 
 from optserve import _session
 from optserve_server.engine import engine, rounds, sessions
+from optserve_server.storage import checkpoint, journal
+from optserve_server.storage import directory as storage
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,6 @@ def check_dropped_acks(directory: Path, *, wrong: str | None = None) -> None:
     dropped_acks.run(8, directory, wrong=wrong).check()
 
 
-check_restarts_without_journal = functools.partial(restarts.check, "off")
-
-
 def replace(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Let a function be another one, made from it."""
     setattr(owner, name, make(getattr(owner, name)))
@@ -54,6 +52,42 @@ def forget_sessions() -> None:
 
 def keep_the_incarnation() -> None:
     replace(engine, "_new_incarnation", lambda new: lambda: 1)
+
+
+def forget_pushes_of_the_journal() -> None:
+    def resume(self: Any, client_id: str, epoch: int) -> Any:
+        return sessions.Session(client_id, epoch)
+
+    replace(sessions.Sessions, "resume", lambda _: resume)
+
+
+def ignore_the_journal() -> None:
+    replace(storage, "_repeat", lambda repeat: lambda home, parameter_set, note: None)
+
+
+def write_after_acknowledging() -> None:
+    """Each event is written when the next one comes."""
+
+    def append_the_one_before(append: Callable[..., None]) -> Callable[..., None]:
+        def changed(self: Any, new: Any) -> None:
+            if before := vars(self).get("before"):
+                append(self, before)
+            self.before = new
+
+        return changed
+
+    def wait_for_the_one_before(wait: Callable[..., None]) -> Callable[..., None]:
+        return lambda self, number: wait(self, min(number, self._last))
+
+    replace(journal.Journal, "append", append_the_one_before)
+    replace(journal.Journal, "wait", wait_for_the_one_before)
+
+
+def keep_too_little_of_the_journal() -> None:
+    def changed(remove: Callable[..., None]) -> Callable[..., None]:
+        return lambda home, event: remove(home, checkpoint.event_of(checkpoint.present(home)[0]))
+
+    replace(journal, "remove_before", changed)
 
 
 def send_again_as_new() -> None:
@@ -98,10 +132,22 @@ def reduce_as_they_come() -> None:
 
 WRONG = {
     "forgotten-sessions": Wrong(
-        "a checkpoint has the parameters, but not who pushed what", forget_sessions, check_restarts_without_journal
+        "a checkpoint has the parameters, but not who pushed what", forget_sessions, restarts.check_without_journal
     ),
     "same-incarnation": Wrong(
-        "a server that came back with less does not say so", keep_the_incarnation, check_restarts_without_journal
+        "a server that came back with less does not say so", keep_the_incarnation, restarts.check_without_journal
+    ),
+    "journal-ignored": Wrong("the journal is not repeated", ignore_the_journal, restarts.check_with_journal),
+    "journal-without-sessions": Wrong(
+        "the journal is repeated, but not who pushed what", forget_pushes_of_the_journal, restarts.check_with_journal
+    ),
+    "journal-behind": Wrong(
+        "a push is acknowledged before it is in the journal", write_after_acknowledging, restarts.check_with_journal
+    ),
+    "journal-too-short": Wrong(
+        "the journal is kept since the newest checkpoint only",
+        keep_too_little_of_the_journal,
+        restarts.check_with_damage,
     ),
     "new-sequence": Wrong("a push is sent again as a new one", send_again_as_new, check_dropped_acks),
     "duplicates-applied": Wrong("a push that comes again is applied again", apply_duplicates, check_dropped_acks),
