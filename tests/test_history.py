@@ -245,9 +245,9 @@ def test_pushes_that_shared_a_pass(durable: Server, worker: optserve.Client, tmp
 
 def test_a_journal_needs_a_data_directory(tcp_client: optserve.Client) -> None:
     with pytest.raises(optserve.NoDataDirectory, match="--data-dir"):
-        tcp_worker.create_parameter_set("journaled", tensors(), optim.SGD(), journal="always")
+        tcp_client.create_parameter_set("journaled", tensors(), optim.SGD(), journal="always")
     with pytest.raises(InvalidArgument, match="'off', 'everysec', 'always'"):
-        tcp_worker.create_parameter_set("journaled", tensors(), optim.SGD(), journal="sometimes")
+        tcp_client.create_parameter_set("journaled", tensors(), optim.SGD(), journal="sometimes")
 
 
 def test_warm_is_resumed_and_not_cold(durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
