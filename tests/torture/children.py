@@ -7,6 +7,7 @@ runs the same command line on the same data directory, and is killed as any proc
 import multiprocessing
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -70,6 +71,9 @@ class Server:
         self._arguments = arguments
         self._log = log
         self._wrong = wrong
+        self._litter = tempfile.TemporaryDirectory(
+            prefix="optserve-"
+        )  # where servers that are killed leave what they had
         self._process: BaseProcess | None = None
         self.address = ""
 
@@ -78,7 +82,7 @@ class Server:
         assert self._process is None
         self._said = b""
         self._output, output = CONTEXT.Pipe(duplex=False)
-        self._process = start(_serve, self._arguments, self._log, output, wrong=self._wrong)
+        self._process = start(_serve, self._arguments, self._log, self._litter.name, output, wrong=self._wrong)
         output.close()
 
     def wait(self) -> None:
@@ -107,11 +111,13 @@ class Server:
             self._process.kill()
             self._process.join()
             self._output.close()
+        self._litter.cleanup()
 
 
-def _serve(arguments: tuple[str, ...], log: Path, output: Connection) -> None:
+def _serve(arguments: tuple[str, ...], log: Path, temporary: str, output: Connection) -> None:
     from optserve_server.cli import app
 
+    tempfile.tempdir = temporary
     os.dup2(output.fileno(), sys.stdout.fileno())
     with log.open("ab") as errors:
         os.dup2(errors.fileno(), sys.stderr.fileno())

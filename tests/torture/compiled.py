@@ -2,10 +2,10 @@
 
 import threading
 
+import tests.torture.wrong  # noqa: F401 - and all the others
 from tests.torture.checker import ADAM, SUMS, Shape
 
 import optserve
-import optserve_server.cli  # noqa: F401
 
 SHAPE = Shape(clients=2, capacity=1)
 

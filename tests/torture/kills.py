@@ -43,8 +43,11 @@ class Workers:
 
     def push(self, count: int) -> None:
         """Let each make so many pushes."""
-        for orders in self._orders:
-            orders.send(count)
+        try:
+            for orders in self._orders:
+                orders.send(count)
+        except BrokenPipeError:
+            raise RuntimeError("a worker has crashed; its traceback is above") from None
 
     def ledgers(self) -> dict[str, list[Ledger]]:
         """Wait for what was ordered, and take the ledgers of each set; raises AssertionError if a worker had to give up."""

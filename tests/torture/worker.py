@@ -11,13 +11,14 @@ import optserve
 
 TIMEOUT = 20.0  # seconds; longer than the server is away, short enough that some pushes have to be settled
 CHECKPOINT_EVERY = 64  # pushes
+TRANSPORTS = ("stream", "auto", "shared_memory")  # of clients, in turns
 
 
 class Worker:
     """One client's handles on both sets; exactly what a careful user of the SDK would do about errors."""
 
     def __init__(self, address: str, shape: Shape, client: int) -> None:
-        self._client = optserve.Client(address, timeout=TIMEOUT, transport="stream")
+        self._client = optserve.Client(address, timeout=TIMEOUT, transport=TRANSPORTS[client % 3])
         self._shape = shape
         self._handles = {
             set_id: self._client.parameter_set(set_id, client_id=f"client-{client}") for set_id in (SUMS, ADAM)
