@@ -1,8 +1,9 @@
-"""Imported once, before children are forked: all modules, and the loops for the checker's sets. No thread is left behind."""
+"""Imported once, before children are forked: what they need, and the loops for the checker's sets. No thread is left behind."""
 
 import threading
 
-import tests.torture.wrong  # noqa: F401 - and all the others
+import tests.torture.children
+import tests.torture.worker  # noqa: F401
 from tests.torture.checker import ADAM, SUMS, Shape
 
 import optserve
