@@ -2,11 +2,11 @@
 
 import threading
 
-import tests.torture.children
-import tests.torture.worker  # noqa: F401
+from tests.torture import children, worker  # noqa: F401
 from tests.torture.checker import ADAM, SUMS, Shape
 
 import optserve
+from optserve_server import cli  # noqa: F401
 
 SHAPE = Shape(clients=2, capacity=1)
 
