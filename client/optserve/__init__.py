@@ -7,6 +7,7 @@ from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
     FailedPrecondition,
+    HistoryChanged,
     InvalidArgument,
     InvalidChunk,
     InvalidFormat,
@@ -40,6 +41,7 @@ from optserve._errors import (
     StorageFailed,
     TensorMismatch,
     UnknownRule,
+    VersionNotKept,
 )
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
@@ -88,6 +90,7 @@ __all__ = [
     "Durability",
     "FailedPrecondition",
     "GroupDescription",
+    "HistoryChanged",
     "Holds",
     "InvalidArgument",
     "InvalidChunk",
@@ -143,6 +146,7 @@ __all__ = [
     "Transforms",
     "Uniform",
     "UnknownRule",
+    "VersionNotKept",
     "formats",
     "keep_freed_memory",
     "optim",

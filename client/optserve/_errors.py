@@ -23,12 +23,14 @@ OptserveError
 │   ├── SequenceGap                pushes are missing before this one
 │   ├── MessageOrder               a stream's messages came in an illegal order
 │   ├── NoDataDirectory            stable storage was asked of a server that has none
+│   ├── VersionNotKept             a version that can't be brought back
 │   └── NoSharedMemory             shared memory was asked of a server that can't be reached so
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
 │   └── RoundIncomplete            too few workers pushed in time for a synchronous update
 ├── ServerUnavailable              no connection; the SDK tries again
 │   ├── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
+│   ├── HistoryChanged             the set was rewound just now; the SDK connects to it again
 │   └── StorageFailed              the server's disk refused; nothing is acknowledged that is not there
 ├── RolledBack                     the server came back without pushes that it had acknowledged
 ├── OutcomeUnknown                 a push was sent, its receipt never came
@@ -170,6 +172,10 @@ class NoDataDirectory(FailedPrecondition):
     """Stable storage was asked of a server that runs without a data directory."""
 
 
+class VersionNotKept(FailedPrecondition):
+    """A version of a set was asked for that neither checkpoints nor journal lead to."""
+
+
 class NoSharedMemory(FailedPrecondition):
     """Shared memory was asked for, but the server is on another host, belongs to another user, or has none left."""
 
@@ -201,6 +207,10 @@ class ServerUnavailable(OptserveError, ConnectionError):
 
 class ServerDraining(ServerUnavailable):
     """The server is about to stop and took nothing of this in; the same request may succeed once it is back."""
+
+
+class HistoryChanged(ServerUnavailable):
+    """The set was rewound, and this stream was of what it was before; the SDK opens another, and then raises RolledBack."""
 
 
 class StorageFailed(ServerUnavailable):

@@ -1,5 +1,6 @@
 """What a worker holds: a handle on one parameter set."""
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, overload
 
@@ -18,17 +19,18 @@ from optserve._messages import (
     decode_position,
     decode_spec,
     encode_changes,
+    encode_optimizer,
 )
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
 from optserve._rows import RowSparse, as_indices, as_mapping, check_count, split
 from optserve._session import OutgoingPull, OutgoingPush, Session
-from optserve._specification import as_arrays
+from optserve._specification import as_arrays, check_set_id
 from optserve._state import State, assembled
 from optserve._transforms import check_loss_scale
 from optserve._transport import Transport
 from optserve._wire import Frame
-from optserve.optim import Group
+from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1 import step_pb2
 
@@ -56,6 +58,7 @@ class ParameterSet:
     ) -> None:
         self._transport = transport
         self._timeout = timeout
+        self._choice = choice
         self._session = Session(transport, set_id, client_id, timeout, choice, base, moments_only=moments_only)
         self._compressor = Compressor(choice.push_format) if choice.push_format is not None else None
         self._moments_only = moments_only
@@ -199,6 +202,31 @@ class ParameterSet:
         request = pb.CheckpointParameterSetRequest(id=self.id)
         response = retried(lambda left: self._transport.call("CheckpointParameterSet", request, left), self._timeout)
         return decode_position(response.position)
+
+    def rewind(self, version: int) -> Position:
+        """Let the set go back to an earlier version, for everyone, as if the updates since had never been.
+
+        Other handles raise RolledBack once, and go on from there. Raises NoDataDirectory, or VersionNotKept for a version that
+        neither the server's checkpoints nor a journal lead to.
+        """
+        request = pb.RewindParameterSetRequest(id=self.id, version=version)
+        response = self._transport.call("RewindParameterSet", request, self._timeout, wait=True)
+        return decode_position(response.position)
+
+    def fork(self, id: str, version: int | None = None, optimizer: Optimizer | None = None) -> "ParameterSet":
+        """Create a set from what this one is, or was at an earlier version, bit for bit.
+
+        With another optimizer, in no groups, it goes on with the state if that rule keeps the same, else with the parameters
+        alone, from version 0. Raises ParameterSetExists, and as `rewind` does.
+        """
+        request = pb.ForkParameterSetRequest(id=self.id, new_id=check_set_id(id), version=version)
+        if optimizer is not None:
+            request.optimizer.CopyFrom(encode_optimizer(optimizer))
+        self._transport.call("ForkParameterSet", request, self._timeout, wait=True)
+        client_id = f"worker-{secrets.token_hex(8)}"
+        return ParameterSet(
+            self._transport, id, client_id, self._timeout, choice=self._choice, moments_only=self._moments_only
+        )
 
     def delete(self) -> None:
         """Remove the set from the server, for everyone."""

@@ -21,6 +21,7 @@ from optserve._errors import (
 )
 from optserve._messages import (
     decode_changes,
+    decode_optimizer,
     decode_outline,
     decode_spec,
     encode_description,
@@ -32,12 +33,12 @@ from optserve._messages import (
     encode_value,
 )
 from optserve._policies import Sync
-from optserve._specification import Holds, Journal, ParameterSetSpec, TensorSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec, TensorSpec, check_set_id
 from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.step_pb2 import StepRequest, StepResponse
-from optserve_server.engine import outlines
+from optserve_server.engine import forks, outlines
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
@@ -47,6 +48,7 @@ from optserve_server.gate import Gate
 from optserve_server.shared_memory import SharedMemory
 from optserve_server.stalls import Watch
 from optserve_server.step import StepStream
+from optserve_server.storage.checkpoint import Shared
 from optserve_server.storage.directory import DataDirectory
 from optserve_server.storage.schedule import Schedule
 
@@ -84,6 +86,8 @@ class OptimizerService:
             "UpdateParameterSet": self.update_parameter_set,
             "DeleteParameterSet": self.delete_parameter_set,
             "CheckpointParameterSet": self.checkpoint_parameter_set,
+            "RewindParameterSet": self.rewind_parameter_set,
+            "ForkParameterSet": self.fork_parameter_set,
             "GetServerStatus": self.get_server_status,
             "ListRules": self.list_rules,
         }
@@ -126,15 +130,7 @@ class OptimizerService:
         spec, exist_ok = decode_spec(first.message.spec), first.message.exist_ok
         if present := self._engine.existing(spec, exist_ok=exist_ok):
             return pb.CreateParameterSetResponse(parameter_set=encode_description(present.describe()), created=False)
-        if self._storage is not None:
-            self._storage.check_free(spec.id)
-        elif spec.journal is not Journal.OFF:
-            raise NoDataDirectory(
-                f"parameter set {spec.id!r}: expected a server started with --data-dir, for a journal; this one has none"
-            )
-        self._engine.check(spec)
-        self._engine.check_room(spec)
-        self._check_policy(spec)
+        self._check_free(spec)
         start: Start | None = None
         tensors: Sequence[TensorSpec] = spec.sent if spec.holds is Holds.PARAMETERS else ()
         if first.message.HasField("state"):
@@ -145,25 +141,37 @@ class OptimizerService:
             made, created = self._add(self._engine.create(spec, values, start), exist_ok=exist_ok)
         return pb.CreateParameterSetResponse(parameter_set=encode_description(made.describe()), created=created)
 
-    def _add(self, created: ParameterSet, *, exist_ok: bool) -> tuple[ParameterSet, bool]:
+    def _check_free(self, spec: ParameterSetSpec) -> None:
+        """Raises ParameterSetExists or InvalidArgument kinds for a set that can't be here."""
+        if self._storage is not None:
+            self._storage.check_free(spec.id)
+        elif spec.journal is not Journal.OFF:
+            raise NoDataDirectory(
+                f"parameter set {spec.id!r}: expected a server started with --data-dir, for a journal; this one has none"
+            )
+        self._engine.check(spec)
+        self._engine.check_room(spec)
+        self._check_policy(spec)
+
+    def _add(self, created: ParameterSet, *, exist_ok: bool, shared: Shared | None = None) -> tuple[ParameterSet, bool]:
         """Let a set be here, and durable if it is to be, unless there is one of its id by now."""
         spec = created.spec
         with self._storing:
             if present := self._engine.existing(spec, exist_ok=exist_ok):
                 return present, False
             if self._storage is not None:
-                self._keep(self._storage, created)
+                self._keep(self._storage, created, shared)
             self._engine.add(created)
         if self.schedule is not None:
             self.schedule.wake()
         return created, True
 
-    def _keep(self, storage: DataDirectory, created: ParameterSet) -> None:
+    def _keep(self, storage: DataDirectory, created: ParameterSet, shared: Shared | None) -> None:
         set_id = created.spec.id
         try:
             storage.add(created)
-            if created.spec.journal is not Journal.OFF:
-                storage.checkpoint(set_id)  # from which the journal goes on
+            if created.spec.journal is not Journal.OFF or shared is not None:
+                storage.checkpoint(set_id, shared)  # from which the journal goes on
         except (OSError, StorageFailed) as error:
             with contextlib.suppress(OSError):
                 storage.delete(set_id)
@@ -229,10 +237,39 @@ class OptimizerService:
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
         parameter_set = self._engine.get(request.id)
+        self._durable().checkpoint(request.id)
+        return pb.CheckpointParameterSetResponse(position=encode_position(parameter_set.position))
+
+    def rewind_parameter_set(self, request: pb.RewindParameterSetRequest) -> pb.RewindParameterSetResponse:
+        storage = self._durable()
+        with self._storing:
+            self._engine.get(request.id)
+            rewound = storage.rewind(self._engine, request.id, request.version)
+        return pb.RewindParameterSetResponse(position=encode_position(rewound.position), rewinds=rewound.rewinds)
+
+    def fork_parameter_set(self, request: pb.ForkParameterSetRequest) -> pb.ForkParameterSetResponse:
+        source = self._engine.get(request.id)
+        optimizer = decode_optimizer(request.optimizer) if request.HasField("optimizer") else None
+        spec = forks.specification(source.spec, check_set_id(request.new_id), optimizer)
+        self._engine.existing(spec, exist_ok=False)
+        self._check_free(spec)
+        version = request.version if request.HasField("version") else None
+        shared: Shared | None = None
+        if self._storage is None and version in (None, source.position.version):
+            state = source.capture()
+        else:
+            earlier, shared = self._durable().earlier(self._engine, request.id, version)
+            if shared is not None and not forks.keeps_state(source.spec, spec):
+                shared = shared._replace(names=forks.KEPT)
+            state = earlier.capture()
+            earlier.clear()
+        forked, _ = self._add(forks.fork(self._engine, state, spec), exist_ok=False, shared=shared)
+        return pb.ForkParameterSetResponse(parameter_set=encode_description(forked.describe()))
+
+    def _durable(self) -> DataDirectory:
         if self._storage is None:
             raise NoDataDirectory("expected a server started with --data-dir; this one keeps everything in memory only")
-        self._storage.checkpoint(request.id)
-        return pb.CheckpointParameterSetResponse(position=encode_position(parameter_set.position))
+        return self._storage
 
     def checkpoint_all(self) -> None:
         """Write every set that can be written; without a data directory, nothing."""

@@ -119,6 +119,40 @@ class CheckpointParameterSetResponse(_message.Message):
     position: _parameter_set_pb2.Position
     def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ...) -> None: ...
 
+class RewindParameterSetRequest(_message.Message):
+    __slots__ = ("id", "version")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    version: int
+    def __init__(self, id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class RewindParameterSetResponse(_message.Message):
+    __slots__ = ("position", "rewinds")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    REWINDS_FIELD_NUMBER: _ClassVar[int]
+    position: _parameter_set_pb2.Position
+    rewinds: int
+    def __init__(self, position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., rewinds: _Optional[int] = ...) -> None: ...
+
+class ForkParameterSetRequest(_message.Message):
+    __slots__ = ("id", "new_id", "version", "optimizer")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    new_id: str
+    version: int
+    optimizer: _optimizer_pb2.Optimizer
+    def __init__(self, id: _Optional[str] = ..., new_id: _Optional[str] = ..., version: _Optional[int] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ...) -> None: ...
+
+class ForkParameterSetResponse(_message.Message):
+    __slots__ = ("parameter_set",)
+    PARAMETER_SET_FIELD_NUMBER: _ClassVar[int]
+    parameter_set: _parameter_set_pb2.ParameterSet
+    def __init__(self, parameter_set: _Optional[_Union[_parameter_set_pb2.ParameterSet, _Mapping]] = ...) -> None: ...
+
 class GetServerStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -74,6 +74,16 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.FromString,
                 _registered_method=True)
+        self.RewindParameterSet = channel.unary_unary(
+                '/optserve.v1.OptimizerService/RewindParameterSet',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetResponse.FromString,
+                _registered_method=True)
+        self.ForkParameterSet = channel.unary_unary(
+                '/optserve.v1.OptimizerService/ForkParameterSet',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetResponse.FromString,
+                _registered_method=True)
         self.GetServerStatus = channel.unary_unary(
                 '/optserve.v1.OptimizerService/GetServerStatus',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.SerializeToString,
@@ -156,6 +166,23 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RewindParameterSet(self, request, context):
+        """Lets a set's history go back to an earlier version, as if the updates after it had never been. Whoever is connected hears of
+        it (see Opened.rewinds). What happened in between stays known: pushes that come again are still duplicates.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (no data directory; that version is not kept any more), UNAVAILABLE (the disk refused).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkParameterSet(self, request, context):
+        """Creates a set from what another is, or was at an earlier version, with the same bits.
+        Errors: as RewindParameterSet, and those of CreateParameterSet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerStatus(self, request, context):
         """Says whether the server serves yet, and if not, how far it has come. Answered from the start.
         """
@@ -219,6 +246,16 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.CheckpointParameterSet,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.SerializeToString,
+            ),
+            'RewindParameterSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewindParameterSet,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetResponse.SerializeToString,
+            ),
+            'ForkParameterSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkParameterSet,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetResponse.SerializeToString,
             ),
             'GetServerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerStatus,
@@ -429,6 +466,60 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/CheckpointParameterSet',
             optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.CheckpointParameterSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewindParameterSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/RewindParameterSet',
+            optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.RewindParameterSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkParameterSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/ForkParameterSet',
+            optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.ForkParameterSetResponse.FromString,
             options,
             channel_credentials,
             insecure,

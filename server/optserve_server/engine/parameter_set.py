@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optserve._dtypes import DType
 from optserve._errors import (
     InvalidArgument,
     InvalidHyperparameter,
     InvalidState,
+    OptserveError,
     ParameterSetNotFound,
     Refusal,
     ServerBusy,
@@ -55,7 +57,7 @@ CHANGES_KEPT = 1000
 class ParameterSet:
     """One set. Every method may be called from any thread; each takes effect whole or not at all.
 
-    `rewinds` counts how often its history went back, `watermark` says how far it is on stable storage.
+    `watermark` says how far its history is on stable storage.
     """
 
     def __init__(
@@ -70,14 +72,14 @@ class ParameterSet:
         self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._position = Position(incarnation, 0)
         self._events = 0
-        self.rewinds = 0
+        self._undone: tuple[tuple[int, int], ...] = ()
         self.watermark = Watermark()
         self._log: Log = Unlogged()
         self._sessions = Sessions()
         self._threads = threads
         self._lock = threading.Lock()
         self._decided = threading.Condition(self._lock)
-        self._deleted = False
+        self._gone: OptserveError | None = None
         self._broken = False
         self._commits: deque[Commit] = deque()
         self._rounds = Rounds(spec.policy, spec.transforms)
@@ -102,6 +104,16 @@ class ParameterSet:
     def events(self) -> int:
         """How many events the set's history has."""
         return self._events
+
+    @property
+    def forgotten(self) -> int:
+        """The last epoch that is over."""
+        return self._sessions.forgotten
+
+    @property
+    def rewinds(self) -> int:
+        """How often history went back."""
+        return len(self._undone)
 
     @property
     def memories(self) -> list[Memory]:
@@ -144,6 +156,20 @@ class ParameterSet:
         self._fill(self._buffers.current.arena, self.layout, dict(enumerate(staging.tensors)))
         for name in self._pipeline.copies:
             assign(self._slots[name], self._buffers.current.arena)
+
+    def begin_with(self, parameters: Mapping[str, NDArray[Any]], keys: Mapping[int, Sequence[int]]) -> None:
+        """Take initial values that are there already, by name, and the keys of tables, before the set is published."""
+        for index, each in keys.items():
+            self._pipeline.tables[index].add(np.array(each, np.int64))
+        with self.frozen() as state:
+            elements = state.entries()
+        for name, array in parameters.items():
+            np.copyto(elements[PARAMETERS][name], array)
+        for name, value in self._pipeline.rule.initial(self.spec.optimizer.at(0)).items():
+            for index in keys:
+                elements[name][self.spec.tensors[index].name].fill(value)
+        for name in self._pipeline.copies:
+            assign(self._slots[name], self._buffers.current.arena, self._pipeline.used(name))
 
     def resume(self, start: Start, staging: Staging) -> None:
         """Begin where something else stood, with the elements that came for it, before the set is published."""
@@ -229,8 +255,7 @@ class ParameterSet:
         try:
             self._pipeline.compile(push, self._first_groups[0], self._memory(self._buffers.current))
         except KeyError:
-            if self._deleted:  # and its arenas with it
-                raise self._not_found() from None
+            self._check_present()  # if not, its arenas are gone as well
             raise
         return push
 
@@ -348,7 +373,7 @@ class ParameterSet:
                 sessions=self._sessions.copy(),
                 forgotten=self._sessions.forgotten,
                 events=self._events,
-                rewinds=self.rewinds,
+                undone=self._undone,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
@@ -369,7 +394,7 @@ class ParameterSet:
         self._groups = tuple(replace(group, optimizer=state.optimizers[group.name]) for group in self._groups)
         self._changes.extend(state.changes)
         self._position = replace(state.position, incarnation=self._position.incarnation)
-        self._events, self.rewinds = state.events, state.rewinds
+        self._events, self._undone = state.events, state.undone
         self._progress = state.progress.copy()
         self._sessions.restore(state.sessions, state.forgotten)
 
@@ -462,14 +487,39 @@ class ParameterSet:
     def delete(self) -> None:
         """Refuse everything from now on, and let go of the memory."""
         with self._lock:
-            self._deleted = True
-            self._rounds.give_up(self._not_found())
-            self._decided.notify_all()
+            self._leave(ParameterSetNotFound(f"parameter set {self.spec.id!r} was deleted"))
+        self.clear()
+
+    def retire(self, error: OptserveError) -> State:
+        """Refuse everything from now on with an error; what the set was in the end, in its own memory."""
+        with self.frozen() as state:
+            self._leave(error)
+            return state
+
+    def _leave(self, error: OptserveError) -> None:
+        self._gone = error
+        self._rounds.give_up(error)
+        self._decided.notify_all()
+
+    def reinstate(self) -> None:
+        """Take `retire` back."""
+        with self._lock:
+            self._gone = None
+
+    def clear(self) -> None:
+        """Let go of the memory of a set that is retired."""
+        with self._lock:
             self._views.forget()
             self._buffers.clear()
             self._pipeline.clear()
             for arena in self._slots.values():
                 arena.clear()
+
+    def rewound(self, end: State) -> None:
+        """Be the same set at an earlier version, before it is published: its history goes on after the `end` that it had."""
+        self._undone = (*end.undone, (self._events + 1, end.events))
+        self._events = end.events + 1
+        self._sessions.restore(end.sessions, end.forgotten)
 
     def _describe_group(self, group: TensorGroup) -> GroupDescription:
         optimizer = group.optimizer
@@ -496,16 +546,16 @@ class ParameterSet:
         mean = self._pipeline.mean
         return Arenas(self._buffers.current.arena, after.arena, self._slots, mean.arena if mean is not None else {})
 
+    def _check_present(self) -> None:
+        if self._gone is not None:
+            raise type(self._gone)(str(self._gone))
+
     def _check_alive(self) -> None:
-        if self._deleted:
-            raise self._not_found()
+        self._check_present()
         if self._broken:
             raise ServerError(
                 f"parameter set {self.spec.id!r} is unusable: an update failed half way; restart the server to restore it"
             )
-
-    def _not_found(self) -> ParameterSetNotFound:
-        return ParameterSetNotFound(f"parameter set {self.spec.id!r} was deleted")
 
     def _next_commits(self) -> list[Commit]:
         """Those that wait; or one, if they can't share a pass: updates that a set of moments returns must be read before

@@ -25,8 +25,8 @@ class State:
 
     `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be; `arenas` the
     parameters (absent in a set that holds moments only), the slots by name and the mean that pushes accumulate in; `sessions`
-    who has pushed what, and `forgotten` the last epoch that is over; `rewinds` how often history went back; `keys` those of
-    each table, by its index, in the order of its rows.
+    who has pushed what, and `forgotten` the last epoch that is over; `undone` the first and last events of each part of
+    history that was rewound; `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
@@ -39,7 +39,7 @@ class State:
     sessions: list[Session]
     forgotten: int
     events: int = 0
-    rewinds: int = 0
+    undone: tuple[tuple[int, int], ...] = ()
     keys: dict[int, list[int]] = field(default_factory=dict)
 
     @property

@@ -7,22 +7,21 @@
 A directory that has the final name is complete: its files and its names are on stable storage before it gets that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve._copy import copy_array
 from optserve_server.engine.arena import aligned
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import files, manifest, tensors
-from optserve_server.storage.files import File
+from optserve_server.storage.files import PAGE, File
 from optserve_server.storage.manifest import Manifest
-from optserve_server.storage.tensors import Damaged, Tensors, Writer
+from optserve_server.storage.tensors import Damaged, Entry, Tensors, Writer
 
 PREFIX = "checkpoint-"
 CURRENT = "CURRENT"
@@ -30,7 +29,15 @@ MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 KEYS = "keys"  # the file with the keys of tables
 
-Part = tuple[Writer, int, NDArray[np.uint8]]
+LEAST_COPIED = 1 << 20  # bytes
+
+
+class Stretch(NamedTuple):
+    """Some of the elements of a file: from one byte to another."""
+
+    writer: Writer
+    begin: int
+    end: int
 
 
 class Shadow:
@@ -44,26 +51,46 @@ class Shadow:
         """Have that much, touched."""
         if self._memory.size < nbytes:
             self._memory = aligned(0)  # let go of the old before there is new
-            self._memory = aligned(nbytes)
+            self._memory = aligned(nbytes + 2 * PAGE)
+            self._memory = self._memory[-self._memory.ctypes.data % PAGE :]
             self._memory.fill(0)
 
-    def copies(self, parts: list[Part]) -> list[Part]:
-        """The parts in this memory."""
+    def copies(self, stretches: list[Stretch]) -> list[tuple[Stretch, NDArray[np.uint8]]]:
+        """The elements of stretches in this memory, each from a page on."""
         copied, begin = [], 0
-        for writer, index, part in parts:
-            target = self._memory[begin : begin + part.size]
-            copied.append((writer, index, target))
-            begin += part.size
-        for (_, _, target), (_, _, part) in zip(copied, parts, strict=True):
-            copy_array(target, part)
+        for stretch in stretches:
+            target = self._memory[begin : begin + stretch.end - stretch.begin]
+            stretch.writer.copy(stretch.begin, target)
+            copied.append((stretch, target))
+            begin += -(-target.size // PAGE) * PAGE
         return copied
 
 
-class Draft:
-    """A checkpoint that is being written; raises OSError, and then it is as if it had never begun."""
+class Shared(NamedTuple):
+    """A checkpoint from which a state was read that has not changed since: files of some arenas need not be written again."""
 
-    def __init__(self, home: Path, state: State) -> None:
+    path: Path
+    described: Manifest
+    names: Container[str]
+
+    def entries(self, state: State) -> dict[str, Sequence[Entry]]:
+        """Entries of the files that can be shared, by the arena's name."""
+        return {
+            name: entries
+            for name, entries in self.described.files.items()
+            if name in self.names and name in _arrays(state)
+        }
+
+
+class Draft:
+    """A checkpoint that is being written; raises OSError, and then it is as if it had never begun.
+
+    What is `shared` gets another name, and is not written.
+    """
+
+    def __init__(self, home: Path, state: State, shared: "Shared | None" = None) -> None:
         self.state = state
+        self._shared = shared.entries(state) if shared is not None else {}
         self.path = home / f"{PREFIX}{state.events:020d}"
         self._home = home
         self._temporary = self.path.with_name(self.path.name + files.TEMPORARY)
@@ -72,17 +99,36 @@ class Draft:
         files.make_directory(self._temporary)
         about = {"parameter_set": state.spec.id, "version": str(state.position.version)}
         self._writers = {
-            name: Writer(self._temporary / f"{name}{SUFFIX}", each, about) for name, each in _arrays(state).items()
+            name: Writer(self._temporary / f"{name}{SUFFIX}", each, about)
+            for name, each in _arrays(state).items()
+            if name not in self._shared
         }
+        for name in self._shared:
+            assert shared is not None
+            files.link(shared.path / f"{name}{SUFFIX}", self._temporary / f"{name}{SUFFIX}")
 
-    def parts(self) -> list[Part]:
-        """All elements, in pieces, to be written in order."""
-        return [(writer, *part) for writer in self._writers.values() for part in writer.parts()]
+    def batches(self, most: int) -> list[list[Stretch]]:
+        """All elements, in the order in which they are written, at most so many bytes at a time; as many as can be at last."""
+        batches: list[list[Stretch]] = [[]]
+        most -= most % PAGE
+        total = sum(_pages(writer.nbytes) for writer in self._writers.values())
+        room = total % most or most
+        for writer in self._writers.values():
+            begin = 0
+            while begin < writer.nbytes:
+                if room == 0:
+                    batches.append([])
+                    room = most
+                end = min(writer.nbytes, begin + room)
+                batches[-1].append(Stretch(writer, begin, end))
+                room -= _pages(end - begin)
+                begin = end
+        return batches
 
-    def write(self, parts: list[Part]) -> None:
+    def write(self, copies: list[tuple[Stretch, NDArray[np.uint8]]]) -> None:
         """Write some of them."""
-        for writer, index, part in parts:
-            writer.write(index, part)
+        for stretch, data in copies:
+            stretch.writer.write(stretch.begin, data)
 
     def close(self) -> None:
         """Close its files."""
@@ -91,7 +137,7 @@ class Draft:
 
     def publish(self) -> None:
         """Let it be the newest, durably."""
-        entries = {name: writer.finish() for name, writer in self._writers.items()}
+        entries = self._shared | {name: writer.finish() for name, writer in self._writers.items()}
         described = Manifest(replace(self.state, arenas={}), entries)
         with File(self._temporary / MANIFEST) as file:
             file.write([manifest.to_bytes(described)])
@@ -151,3 +197,8 @@ def check(path: Path) -> Iterator[int]:
 def _arrays(state: State) -> Mapping[str, Tensors]:
     keys: dict[str, Any] = {KEYS: state.key_arrays} if state.keys else {}
     return state.entries() | keys
+
+
+def _pages(nbytes: int) -> int:
+    """Bytes up to the end of the last page."""
+    return -(-nbytes // PAGE) * PAGE

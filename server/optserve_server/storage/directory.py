@@ -15,13 +15,13 @@ from pathlib import Path
 
 import structlog
 
-from optserve._errors import InvalidArgument, OptserveError, ParameterSetExists, ParameterSetNotFound
+from optserve._errors import HistoryChanged, InvalidArgument, OptserveError, ParameterSetExists, ParameterSetNotFound
 from optserve._results import Durability
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
-from optserve_server.storage import checkpoint, files, journal
-from optserve_server.storage.checkpoint import Shadow
+from optserve_server.storage import checkpoint, files, journal, travel
+from optserve_server.storage.checkpoint import Shadow, Shared
 from optserve_server.storage.keeper import Keeper, Retention
 from optserve_server.storage.tensors import Damaged
 
@@ -76,10 +76,10 @@ class DataDirectory:
             self._keepers[parameter_set.spec.id] = keeper
         return keeper
 
-    def checkpoint(self, set_id: str) -> None:
-        """Write a checkpoint of a set now; raises StorageFailed."""
+    def checkpoint(self, set_id: str, shared: Shared | None = None) -> None:
+        """Write a checkpoint of a set now, which may have files of another; raises StorageFailed."""
         with self._checkpointing:
-            self._keeper(set_id).checkpoint()
+            self._keeper(set_id).checkpoint(shared)
 
     def restore(self, engine: Engine, progress: Progress = lambda read, total: None) -> None:
         """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly."""
@@ -107,6 +107,28 @@ class DataDirectory:
             else:
                 engine.add(parameter_set)
                 log.info("restored", parameter_set=parameter_set.spec.id, version=parameter_set.position.version)
+
+    def earlier(self, engine: Engine, set_id: str, version: int | None) -> tuple[ParameterSet, Shared | None]:
+        """A set as it was at a version, or as it was last written, not published; and the checkpoint that it is, if it is one.
+
+        Raises VersionNotKept, StorageFailed or ServerBusy.
+        """
+        keeper = self._keeper(set_id)
+        if version is None:
+            self.checkpoint(set_id)
+        else:
+            keeper.sync()
+        with self._checkpointing:  # which remove others
+            return travel.earlier(keeper.home, engine, version)
+
+    def rewind(self, engine: Engine, set_id: str, version: int) -> ParameterSet:
+        """Let a set be what it was at a version, durably; raises VersionNotKept, StorageFailed or ServerBusy."""
+        earlier, _ = self.earlier(engine, set_id, version)
+        error = HistoryChanged(f"parameter set {set_id!r} was rewound to version {version}; open another stream")
+        with self._checkpointing:
+            self._keeper(set_id).replace(earlier, error)
+        engine.add(earlier)
+        return earlier
 
     def check_free(self, set_id: str) -> None:
         """Raises ParameterSetExists for the id of a set that is kept here only."""

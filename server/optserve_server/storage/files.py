@@ -4,6 +4,8 @@ A file's bytes are durable after `File.sync`, its name after `sync_directory` of
 sync is never tried again: the kernel may have dropped the pages that it could not write (https://wiki.postgresql.org/wiki/Fsync_Errors).
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 MODE = 0o600
-LARGEST_WRITE = 4 << 20  # bytes in one call, so that others get their turn in between
+LARGEST_WRITE = 16 << 20  # bytes in one call, so that others get their turn in between
+PAGE = 4096  # bytes
 MOST_BUFFERS = 512  # in one call; POSIX promises 16, Linux 1024
 
 TEMPORARY = ".new"  # suffix of what is not there yet, if it is found after a crash
@@ -44,6 +47,21 @@ class File:
                 nbytes -= len(part)
                 if written < nbytes + len(part):
                     left.append(part[max(0, written - nbytes) :])
+
+    def write_pages(self, memory: memoryview) -> None:
+        """Append whole pages that begin at a page, at the file's own page, without a copy in the kernel if that can be."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        with contextlib.suppress(OSError):  # not on every file system
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        try:
+            self.write([memory])
+        finally:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags)
+
+    def cut(self, size: int) -> None:
+        """Let the file end there."""
+        os.ftruncate(self._descriptor, size)
+        self.size = size
 
     def reserve(self, size: int) -> None:
         """Have room for so many bytes in all; those that are not written read as zeros."""

@@ -145,6 +145,17 @@ class Journal:
         if self._file.size > _SEGMENT_SIZE:
             self._begin()
 
+    def skip(self, last_event: int, version: int) -> None:
+        """Let the next event be another, once all before are synced; raises StorageFailed."""
+        with self._changed:
+            self._last = self._synced = last_event
+            self._version = version
+        try:
+            self._begin()
+        except StorageFailed as error:
+            self.fail(str(error))
+            raise
+
     def fail(self, reason: str) -> None:
         """Acknowledge nothing any more."""
         with self._changed:

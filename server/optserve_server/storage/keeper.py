@@ -1,6 +1,5 @@
 """Keepers: what keeps one set on stable storage, its checkpoints and its journal."""
 
-import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -9,14 +8,14 @@ from pathlib import Path
 
 import structlog
 
-from optserve._errors import StorageFailed
+from optserve._errors import OptserveError, StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
-from optserve_server.storage.checkpoint import Draft, Part, Shadow
+from optserve_server.storage.checkpoint import LEAST_COPIED, Draft, Shadow, Shared
 from optserve_server.storage.journal import Journal
 
 log = structlog.get_logger()
@@ -54,7 +53,7 @@ class Keeper:
                 parameter_set.events,
                 position.version,
                 parameter_set.spec.journal,
-                parameter_set.stored,
+                lambda stored: self.parameter_set.stored(stored),
                 fence,
             )
             parameter_set.keep(self._journal)
@@ -64,26 +63,58 @@ class Keeper:
         """Whether anything has happened since the last checkpoint."""
         return self.parameter_set.events != self._last_event
 
-    def checkpoint(self) -> None:
-        """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts."""
+    def checkpoint(self, shared: Shared | None = None) -> None:
+        """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts.
+
+        What is `shared` with another that the set was read from is not written again.
+        """
         with self._writing:
-            if not self.is_behind:
-                return
+            if self.is_behind:
+                self._checkpoint(shared)
+
+    def replace(self, earlier: ParameterSet, error: OptserveError) -> None:
+        """Let the set be what it was earlier; whoever is connected to what it is gets an error. Raises StorageFailed, and then
+        nothing has changed."""
+        with self._writing:
+            present = self.parameter_set
+            if self._journal is not None:
+                self._journal.sync()
+            earlier.rewound(present.retire(error))
             try:
-                self._fence()
-                state = self._write()
-                self._remove_old()
-            except OSError as error:
-                raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
-            self._last_event = state.events
-            self.written_at = time.monotonic()
-            pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
-            self.parameter_set.stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
+                self.parameter_set = earlier
+                if self._journal is not None:
+                    self._journal.skip(earlier.events, earlier.position.version)
+                    earlier.keep(self._journal)
+                self._checkpoint()
+            except BaseException:
+                self.parameter_set = present
+                present.reinstate()
+                if self._journal is not None:
+                    self._journal.skip(present.events, present.position.version)
+                raise
+            present.clear()
+
+    def _checkpoint(self, shared: Shared | None = None) -> None:
+        try:
+            self._fence()
+            state = self._write(shared)
+            self._remove_old()
+        except OSError as error:
+            raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
+        self._last_event = state.events
+        self.written_at = time.monotonic()
+        pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
+        self.parameter_set.stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
 
     def sync_if_due(self) -> None:
         """Sync the journal if that is due; raises StorageFailed."""
         if self._journal is not None:
             self._journal.sync_if_due()
+
+    def sync(self) -> None:
+        """Put all of the journal on stable storage; raises StorageFailed."""
+        if self._journal is not None:
+            self._journal.sync()
 
     def close(self) -> None:
         """Write nothing any more; what the journal has not synced is synced first, if it can be."""
@@ -102,24 +133,25 @@ class Keeper:
                 self._journal.close()
             files.remove_directory(self.home)
 
-    def _write(self) -> State:
-        most_copied = int(self._retention.copied * self.parameter_set.state_bytes)
+    def _write(self, shared: Shared | None) -> State:
+        most_copied = LEAST_COPIED + int(self._retention.copied * self.parameter_set.state_bytes)
         self._shadow.reserve(most_copied)
         began = time.monotonic()
         with self.parameter_set.frozen() as state:
-            draft = Draft(self.home, state)
+            draft = Draft(self.home, state, shared)
             try:
                 if self._journal is not None:
                     self._journal.rotate()
-                now, later = _split(draft.parts(), most_copied)
-                draft.write(now)
-                later = self._shadow.copies(later)
+                *now, last = draft.batches(most_copied)
+                for batch in now:
+                    draft.write(self._shadow.copies(batch))
+                copies = self._shadow.copies(last)
             except BaseException:
                 draft.close()
                 raise
         stalled = time.monotonic() - began
         try:
-            draft.write(later)
+            draft.write(copies)
             draft.publish()
         finally:
             draft.close()
@@ -138,11 +170,3 @@ class Keeper:
             files.remove_directory(old)
         kept = present[: self._retention.checkpoints]
         journal.remove_before(self.home, checkpoint.event_of(kept[-1]))
-
-
-def _split(parts: list[Part], most: int) -> tuple[list[Part], list[Part]]:
-    """The parts, so that the later ones have at most so many bytes."""
-    total = sum(part.size for _, _, part in parts)
-    sizes = itertools.accumulate((part.size for _, _, part in parts), initial=0)
-    first = next(place for place, size in enumerate(sizes) if total - size <= most)
-    return parts[:first], parts[first:]

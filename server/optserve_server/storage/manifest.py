@@ -56,7 +56,7 @@ def to_bytes(manifest: Manifest) -> bytes:
             "incarnation": state.position.incarnation,
             "version": state.position.version,
             "events": state.events,
-            "rewinds": state.rewinds,
+            "undone": state.undone,
             "create_time": state.create_time.isoformat(),
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
@@ -100,7 +100,7 @@ def from_bytes(data: bytes) -> Manifest:
         forgotten=record["forgotten"],
         sessions=[_to_session(each) for each in record["sessions"]],
         events=record["events"],
-        rewinds=record["rewinds"],
+        undone=tuple((first, last) for first, last in record["undone"]),
     )
     return Manifest(state, {name: [_to_entry(each) for each in entries] for name, entries in record["files"].items()})
 

@@ -4,9 +4,12 @@ The library's own writer needs all tensors at once and syncs nothing, its reader
 cut short; so the few lines of the format are here, and tests hold them to the library.
 """
 
+import itertools
 import json
 import os
+import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optserve_server.storage.files import File
+from optserve._copy import copy_array
+from optserve_server.storage.files import PAGE, File
 
-PAGE = 4096  # bytes; where the elements begin
-PART = 16 << 20  # bytes that are checked and written, or read, at a time
+WORTHWHILE = 1 << 20  # bytes: what is smaller goes by the page cache
+PART = 16 << 20  # bytes that are read at a time
 
 _NAMES = {
     np.dtype(t): name
@@ -45,29 +49,47 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class Writer:
-    """Writes one file; `parts` in order, then `finish`. Raises OSError."""
+    """Writes one file of tensors, whose elements come as memory that they were copied to; raises OSError."""
 
     def __init__(self, path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
         self._names = [_named(name, index) for index, name in enumerate(tensors)]
+        self._data = [tensor.reshape(-1).view(np.uint8) for tensor in tensors.values()]
         self._tensors = list(tensors.values())
+        self._begins = list(itertools.accumulate((data.size for data in self._data), initial=0))
         self._checksums = [0] * len(self._tensors)
+        header = _header(dict(zip(self._names, self._tensors, strict=True)), metadata)
+        self._end = len(header) + self.nbytes
         self._file = File(path)
-        self._file.write([_header(dict(zip(self._names, self._tensors, strict=True)), metadata)])
+        self._file.reserve(self._end)
+        self._file.write([header])
 
-    def parts(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """All elements in order, in pieces, with the index of the tensor that they belong to."""
-        for index, tensor in enumerate(self._tensors):
-            data = tensor.reshape(-1).view(np.uint8)
-            for begin in range(0, data.size, PART):
-                yield index, data[begin : begin + PART]
+    @property
+    def nbytes(self) -> int:
+        """Size of all elements."""
+        return self._begins[-1]
 
-    def write(self, index: int, part: NDArray[np.uint8]) -> None:
-        """Write a piece."""
-        self._checksums[index] = zlib.crc32(part.data, self._checksums[index])
-        self._file.write([part.data])
+    def copy(self, begin: int, target: NDArray[np.uint8]) -> None:
+        """Copy elements from a byte of the file's elements on."""
+        for index, part in self._parts(begin, target):
+            first = begin + _offset(part, target) - self._begins[index]
+            copy_array(part, self._data[index][first : first + part.size])
+
+    def write(self, begin: int, data: NDArray[np.uint8]) -> None:
+        """Append what was copied; it begins at a page, and so does the memory, of which the last page is free to its end."""
+        checksums = threading.Thread(target=self._add_checksums, args=(begin, data), name="optserve-checksums")
+        checksums.start()  # beside the disk, which takes no processor
+        try:
+            if data.size < WORTHWHILE:
+                self._file.write([data.data])
+            else:
+                pages = np.lib.stride_tricks.as_strided(data, (-(-data.size // PAGE) * PAGE,))
+                self._file.write_pages(pages.data)
+        finally:
+            checksums.join()
 
     def finish(self) -> list[Entry]:
         """Sync the file; its entries."""
+        self._file.cut(self._end)
         self._file.sync()
         return [
             Entry(name, _NAMES[tensor.dtype], tensor.shape, checksum)
@@ -77,6 +99,24 @@ class Writer:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _add_checksums(self, begin: int, data: NDArray[np.uint8]) -> None:
+        for index, part in self._parts(begin, data):
+            self._checksums[index] = zlib.crc32(part.data, self._checksums[index])
+
+    def _parts(self, begin: int, memory: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The parts of memory that have elements of one tensor each, with its index."""
+        end = begin + memory.size
+        for index in range(bisect_right(self._begins, begin) - 1, len(self._data)):
+            first, last = max(begin, self._begins[index]), min(end, self._begins[index + 1])
+            if first < last:
+                yield index, memory[first - begin : last - begin]
+            elif first >= end:
+                return
+
+
+def _offset(part: NDArray[np.uint8], memory: NDArray[np.uint8]) -> int:
+    return part.ctypes.data - memory.ctypes.data
 
 
 def read_into(path: Path, tensors: Sequence[NDArray[Any]], entries: Sequence[Entry]) -> Iterator[int]:
