@@ -326,6 +326,7 @@ def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
         gradient_norm=receipt.gradient_norm,
         learning_rates=receipt.learning_rates,
         durability=_DURABILITY[receipt.durability],
+        durable_sequence=receipt.durable_sequence,
     )
     if refusal := receipt.refusal:
         message.refusal.CopyFrom(encode_refusal(refusal))
@@ -344,6 +345,7 @@ def decode_receipt(message: step_pb2.Receipt) -> Receipt:
         learning_rates=dict(message.learning_rates),
         durability=Durability(message.durability or Durability.MEMORY),
         refusal=decode_refusal(message.refusal) if message.HasField("refusal") else None,
+        durable_sequence=message.durable_sequence,
     )
 
 

@@ -143,9 +143,13 @@ class Server:
             self._service.status = pb.GetServerStatusResponse(phase=restoring, bytes_read=read, bytes_total=total)
 
         self._storage.restore(self._engine, note)
-        schedule = Schedule(self._storage, self.config.checkpoint_interval)
+        schedule = Schedule(self._storage, self.config.checkpoint_interval, self._fail)
         self._acquired.callback(schedule.close)
         self._service.schedule = schedule
+
+    def _fail(self) -> None:
+        """Tell who watches over servers that this one needs a restart."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def _bind(self, listen: str) -> str:
         try:

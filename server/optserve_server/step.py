@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
@@ -96,9 +97,11 @@ class StepStream:
         opened = step_pb2.Opened(
             epoch=session.epoch,
             last_sequence=session.last_sequence,
-            last_receipt=encode_receipt(last_receipt) if last_receipt else None,
+            last_receipt=_receipt(session, last_receipt) if last_receipt else None,
             position=encode_position(self._set.position),
             tensors=encode_tensors(self._set.spec.tensors),
+            durable_sequence=session.durable_sequence,
+            rewinds=self._set.rewinds,
         )
         if message.shared_memory and self._shared_memory is not None:
             attached = self._shared_memory.attached(self._set, self.serve_locally)
@@ -147,21 +150,21 @@ class StepStream:
         receipt, snapshot = parameter_set.push(session, self, push, pull=together, dtype=dtype, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
         if pull is None or receipt.refused:
-            yield Frame(StepResponse(receipt=encode_receipt(receipt)))
+            yield Frame(StepResponse(receipt=_receipt(session, receipt)))
         else:
-            yield from self._answer(parameter_set, pull, receipt, snapshot)
+            yield from self._answer(parameter_set, pull, _receipt(session, receipt), snapshot)
 
     def _answer(
         self,
         parameter_set: ParameterSet,
         pull: step_pb2.Pull,
-        receipt: Receipt | None = None,
+        receipt: step_pb2.Receipt | None = None,
         snapshot: Snapshot | None = None,
     ) -> Answers:
         """Answer a pull; the receipt, if any, rides with the first message, and `end` with the last."""
         frame = Frame(StepResponse())
         if receipt is not None:
-            frame.message.receipt.CopyFrom(encode_receipt(receipt))
+            frame.message.receipt.CopyFrom(receipt)
         with ExitStack() as reading:
             if snapshot is not None:
                 reading.callback(parameter_set.release, snapshot)
@@ -240,6 +243,11 @@ class StepStream:
         if self._push is None:
             raise MessageOrder(f"expected `push` first; got `{what}`")
         return self._push
+
+
+def _receipt(session: Session, receipt: Receipt) -> step_pb2.Receipt:
+    """A receipt as it is sent now: it says how far the session is on stable storage by now."""
+    return encode_receipt(replace(receipt, durable_sequence=session.durable_sequence))
 
 
 def _rows(parameter_set: ParameterSet, pull: step_pb2.Pull) -> dict[int, Indices]:

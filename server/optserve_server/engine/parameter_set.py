@@ -1,11 +1,11 @@
 """A parameter set: tensors, optimizer state, sessions, and the update that changes them together."""
 
+import contextlib
 import datetime
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -90,10 +90,14 @@ class ParameterSet:
         self._progress = self._pipeline.begin()
         self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
         self.state_bytes = sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
-        for dtype in {tensor.dtype for tensor in spec.tensors}:
-            read = dtype, dtype if spec.holds is Holds.MOMENTS else None
-            self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
-            encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
+
+    def compile(self) -> None:
+        """Compile the loops that it will need, unless they are: else the first push waits for that."""
+        for dtype in {tensor.dtype for tensor in self.spec.tensors}:
+            read = dtype, dtype if self.spec.holds is Holds.MOMENTS else None
+            with contextlib.suppress(KeyError):  # deleted meanwhile, and its arenas with it
+                self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
+                encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
 
     @property
     def position(self) -> Position:
@@ -357,7 +361,7 @@ class ParameterSet:
         with self._lock:
             self._log = log
 
-    @contextmanager
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[State]:
         """All that the set is, in its own memory; nothing changes until this ends."""
         with self._lock:

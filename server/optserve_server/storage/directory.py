@@ -22,6 +22,7 @@ from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.storage import checkpoint, files, journal, travel
 from optserve_server.storage.checkpoint import Shadow, Shared
+from optserve_server.storage.files import Pages
 from optserve_server.storage.keeper import Keeper, Retention
 from optserve_server.storage.tensors import Damaged
 
@@ -42,7 +43,7 @@ class DataDirectory:
         self._kept: dict[Path, str] = {}  # directories of sets that are not on this server, and why
         self._keepers: dict[str, Keeper] = {}
         self._changing = threading.Lock()
-        self._shadow = Shadow()
+        self._shadow, self._pages = Shadow(), Pages()
         self._checkpointing = threading.Lock()  # one at a time: they share memory, and the disk
         self._lock = (path / "LOCK").open("w")
         try:
@@ -71,7 +72,7 @@ class DataDirectory:
         if not home.exists():
             files.make_directory(home)
             files.sync_directory(self._sets)
-        keeper = Keeper(home, parameter_set, self._retention, self._shadow, self.check_owner)
+        keeper = Keeper(home, parameter_set, self._retention, self.check_owner, self._shadow, self._pages)
         with self._changing:
             self._keepers[parameter_set.spec.id] = keeper
         return keeper
@@ -173,6 +174,7 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
         try:
             described = checkpoint.read(path)
             parameter_set = engine.new(described.state.spec)
+            engine.compile_beside(parameter_set)
             parameter_set.restore(described.state)
             for nbytes in checkpoint.fill(path, described, parameter_set):
                 note(nbytes)

@@ -23,7 +23,7 @@ from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Event, Stored
 from optserve_server.storage import events, files
-from optserve_server.storage.files import File
+from optserve_server.storage.files import File, Pages
 from optserve_server.storage.tensors import Damaged
 
 log = structlog.get_logger()
@@ -59,8 +59,10 @@ class Journal:
         setting: Setting,
         stored: Callable[[Stored], None],
         fence: Callable[[], None],
+        pages: Pages,
     ) -> None:
         self._home = home
+        self._pages = pages
         self._fence = fence
         self._always = setting is Setting.ALWAYS
         self._stored = stored
@@ -90,10 +92,14 @@ class Journal:
         file, size, checksum = self._file, self._file.size, self._checksum
         try:
             buffers = [buffer for event in new for buffer in self._record(event)]
-            end = file.size + sum(memoryview(buffer).nbytes for buffer in buffers)
+            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            end = file.size + nbytes + 2 * files.PAGE
             if end > file.reserved:
                 file.reserve(-(-end // GRAIN) * GRAIN)
-            file.write(buffers)
+            if nbytes < GRAIN:
+                file.write(buffers)
+            else:
+                self._pages.write(file, buffers)
         except OSError as error:
             file.rewind(size)
             self._checksum = checksum
@@ -144,6 +150,11 @@ class Journal:
         """Let later events go to a new segment, so that the older can be removed; raises StorageFailed."""
         if self._file.size > _SEGMENT_SIZE:
             self._begin()
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is acknowledged any more, if so."""
+        return self._failure
 
     def skip(self, last_event: int, version: int) -> None:
         """Let the next event be another, once all before are synced; raises StorageFailed."""
@@ -296,7 +307,8 @@ class Segment:
         with self._path.open("rb", buffering=0) as file:
             salt, _, checksum = self._opened(file)
             place, number = _SEGMENT_SIZE, self._first
-            while (header := _header(_read(file, place, _RECORD_SIZE), salt)) is not None and header.event == number:
+            while found := _record_at(file, place, salt, number):
+                place, header = found
                 payload = memoryview(_read(file, place + _RECORD_SIZE, header.size))
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
@@ -346,6 +358,15 @@ def _header(data: bytes, salt: int) -> Header | None:
     if len(data) < _RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
         return None
     return Header(*_RECORD.unpack_from(data)[1:])
+
+
+def _record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
+    """Where a record is and what it says of itself: there, or, since large ones do, where the next page begins."""
+    for begin in (place, -(-place // files.PAGE) * files.PAGE):
+        header = _header(_read(file, begin, _RECORD_SIZE), salt)
+        if header is not None and header.event == number:
+            return begin, header
+    return None
 
 
 def _read(file: Any, place: int, size: int) -> bytes:

@@ -16,6 +16,7 @@ from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
 from optserve_server.storage.checkpoint import LEAST_COPIED, Draft, Shadow, Shared
+from optserve_server.storage.files import Pages
 from optserve_server.storage.journal import Journal
 
 log = structlog.get_logger()
@@ -34,7 +35,13 @@ class Keeper:
     """Keeps one set. Every method may be called from any thread."""
 
     def __init__(
-        self, home: Path, parameter_set: ParameterSet, retention: Retention, shadow: Shadow, fence: Callable[[], None]
+        self,
+        home: Path,
+        parameter_set: ParameterSet,
+        retention: Retention,
+        fence: Callable[[], None],
+        shadow: Shadow,
+        pages: Pages,
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
@@ -55,6 +62,7 @@ class Keeper:
                 parameter_set.spec.journal,
                 lambda stored: self.parameter_set.stored(stored),
                 fence,
+                pages,
             )
             parameter_set.keep(self._journal)
 
@@ -62,6 +70,11 @@ class Keeper:
     def is_behind(self) -> bool:
         """Whether anything has happened since the last checkpoint."""
         return self.parameter_set.events != self._last_event
+
+    @property
+    def failure(self) -> str | None:
+        """Why the set acknowledges nothing until a restart, if so."""
+        return self._journal.failure if self._journal is not None else None
 
     def checkpoint(self, shared: Shared | None = None) -> None:
         """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts.

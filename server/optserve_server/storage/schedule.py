@@ -1,7 +1,9 @@
 """The schedule: threads that write checkpoints when they are due, and sync journals that may wait a little."""
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -14,11 +16,12 @@ log = structlog.get_logger()
 
 class Schedule:
     """Keeps a data directory up to date: every set is written `interval` seconds after its last checkpoint if it has changed,
-    a new one at once."""
+    a new one at once. `failed` is called once if a set acknowledges nothing any more, so that the server is restarted."""
 
-    def __init__(self, directory: DataDirectory, interval: float) -> None:
+    def __init__(self, directory: DataDirectory, interval: float, failed: Callable[[], None]) -> None:
         self._directory = directory
         self._interval = interval
+        self._failed = failed
         self._ended = threading.Event()
         self._wanted = threading.Event()
         self._threads = [
@@ -54,9 +57,11 @@ class Schedule:
                         keeper.written_at = time.monotonic()
 
     def _sync(self) -> None:
+        failed = False
         while not self._ended.wait(WINDOW / 8):
             for keeper in self._directory.keepers:
-                try:
+                with contextlib.suppress(OptserveError):  # the log has it, and who pushes will hear it
                     keeper.sync_if_due()
-                except OptserveError:  # the log has it, and who pushes will hear it
-                    continue
+            if not failed and any(keeper.failure for keeper in self._directory.keepers):
+                failed = True
+                self._failed()
