@@ -51,7 +51,10 @@ class Workers:
 
     def ledgers(self) -> dict[str, list[Ledger]]:
         """Wait for what was ordered, and take the ledgers of each set; raises AssertionError if a worker had to give up."""
-        answers: list[Mapping[str, Ledger] | optserve.OptserveError] = [orders.recv() for orders in self._orders]
+        try:
+            answers: list[Mapping[str, Ledger] | optserve.OptserveError] = [orders.recv() for orders in self._orders]
+        except EOFError:
+            raise RuntimeError("a worker has crashed; its traceback is above") from None
         ledgers: dict[str, list[Ledger]] = {SUMS: [], ADAM: []}
         for answer in answers:
             assert not isinstance(answer, optserve.OptserveError), f"a worker gave up: {answer}"

@@ -96,3 +96,24 @@ def check_that_counting_workers_are_told(directory: Path, *, wrong: str | None =
             except grpc.RpcError as error:
                 outcome = Plain.reason(error)
             assert outcome == "SEQUENCE_GAP", f"push 2 was lost, and then: {outcome}"
+
+
+def check_that_readers_are_told(directory: Path, *, wrong: str | None = None) -> None:
+    """A worker that only pulls hears that what it has pulled is not there any more. Raises AssertionError if it does not."""
+    with served(directory, interval=NEVER, wrong=wrong) as server:
+        server.wait()
+        with optserve.Client(server.address) as client:
+            zeros = {"x": np.zeros(1, np.float32)}
+            weights = client.create_parameter_set("counts", zeros, optim.SGD(lr=1.0, maximize=True))
+            checkpoint(server.address, "counts")
+            weights.push({"x": np.ones(1, np.float32)})
+            reader = client.parameter_set("counts")
+            reader.pull()
+            server.kill()
+            server.start()
+            server.wait()
+            try:
+                outcome = f"version {reader.pull().version} came"
+            except optserve.RolledBack:
+                outcome = "told"
+            assert outcome == "told", f"version 1 was lost, and then: {outcome}"

@@ -82,7 +82,7 @@ class Worker:
         return True
 
     def _roll_back(self, set_id: str) -> None:
-        self.ledgers[set_id].roll_back(self._handles[set_id]._session._last_sequence)
+        self.ledgers[set_id].roll_back(self._handles[set_id].identity.sequence)
 
 
 def work(address: str, shape: Shape, client: int, checkpoints: bool, orders: Connection) -> None:

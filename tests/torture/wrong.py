@@ -91,10 +91,11 @@ def keep_too_little_of_the_journal() -> None:
 
 
 def send_again_as_new() -> None:
-    def changed(adopt: Callable[..., None]) -> Callable[..., None]:
-        def adopt_without_receipt(self: Any, opened: Any, exchange: Any) -> None:
-            adopt(self, opened, exchange)
+    def changed(adopt: Callable[..., Any]) -> Callable[..., Any]:
+        def adopt_without_receipt(self: Any, opened: Any, exchange: Any) -> Any:
+            missing = adopt(self, opened, exchange)
             exchange.receipt = None
+            return missing
 
         return adopt_without_receipt
 
@@ -135,7 +136,7 @@ WRONG = {
         "a checkpoint has the parameters, but not who pushed what", forget_sessions, restarts.check_without_journal
     ),
     "same-incarnation": Wrong(
-        "a server that came back with less does not say so", keep_the_incarnation, restarts.check_without_journal
+        "a server that came back with less does not say so", keep_the_incarnation, restarts.check_that_readers_are_told
     ),
     "journal-ignored": Wrong("the journal is not repeated", ignore_the_journal, restarts.check_with_journal),
     "journal-without-sessions": Wrong(
