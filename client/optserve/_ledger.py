@@ -62,6 +62,11 @@ class Ledger:
             self.position = receipt.position
         self.window.trim(receipt.durable_sequence)
 
+    def rewound(self, position: Position, rewinds: int) -> None:
+        """This worker itself has rewound the set: what it pushed is not missed."""
+        self.position, self._rewinds = position, rewinds
+        self.window.clear()
+
     def outcome(self, attempt: Attempt | None) -> Receipt | None:
         """The receipt of an attempt, if the server is known to have consumed that push last.
 

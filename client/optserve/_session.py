@@ -152,6 +152,12 @@ class Session:
         """A version in the history that this session last saw; None before it saw any."""
         return self._ledger.position and replace(self._ledger.position, version=version)
 
+    def rewound(self, position: Position, rewinds: int) -> None:
+        """This worker itself has rewound the set."""
+        with self._lock:
+            self._disconnect()
+            self._ledger.rewound(position, rewinds)
+
     def close(self) -> None:
         """End the stream, and with it a call that another thread waits in. The server remembers the session."""
         self._closed = True

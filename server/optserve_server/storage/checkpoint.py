@@ -91,8 +91,7 @@ class Draft:
     def __init__(self, home: Path, state: State, shared: "Shared | None" = None) -> None:
         self.state = state
         self._shared = shared.entries(state) if shared is not None else {}
-        self.path = home / f"{PREFIX}{state.events:020d}"
-        self._home = home
+        self.path = path_of(home, state.events)
         self._temporary = self.path.with_name(self.path.name + files.TEMPORARY)
         if self._temporary.exists():
             files.remove_directory(self._temporary)
@@ -142,12 +141,22 @@ class Draft:
         with File(self._temporary / MANIFEST) as file:
             file.write([manifest.to_bytes(described)])
             file.sync()
-        files.sync_directory(self._temporary)
-        if self.path.exists():  # of the same event, damaged
-            files.remove_directory(self.path)
-        files.rename(self._temporary, self.path)
-        files.sync_directory(self._home)
-        files.write_file(self._home / CURRENT, self.path.name.encode())
+        publish(self._temporary, self.path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Let a directory whose files are synced be a set's newest checkpoint, durably."""
+    files.sync_directory(temporary)
+    if path.exists():  # of the same event, damaged
+        files.remove_directory(path)
+    files.rename(temporary, path)
+    files.sync_directory(path.parent)
+    files.write_file(path.parent / CURRENT, path.name.encode())
+
+
+def path_of(home: Path, event: int) -> Path:
+    """Where the checkpoint after an event is."""
+    return home / f"{PREFIX}{event:020d}"
 
 
 def present(home: Path) -> list[Path]:

@@ -32,6 +32,8 @@ WINDOW = 1.0  # seconds for which an acknowledged event may not be on stable sto
 GRAIN = 1 << 20  # bytes; segments grow by multiples of it, so that one of another size was cut
 PREFIX = "journal-"
 
+Unfinished = Callable[[Path, int], None]  # a segment, and the first event that it does not have whole
+
 _SEGMENT = struct.Struct("<8sQQQ")  # magic, salt, first event, event known to be stored
 _RECORD = struct.Struct(
     "<4sQIQQI"
@@ -267,18 +269,26 @@ def remove_before(home: Path, event: int) -> None:
             files.remove(path)
 
 
-def read(home: Path, after: int) -> Iterator[Event]:
-    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError."""
+def say_unfinished(path: Path, number: int) -> None:
+    """Say that the end of a segment, from an event on, was passed over."""
+    log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number)
+
+
+def read(home: Path, after: int, unfinished: Unfinished = say_unfinished) -> Iterator[Event]:
+    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError.
+
+    `unfinished` is called for what a crash left.
+    """
     present = segments(home)
     number = after
     for place, (first, path) in enumerate(present):
         if place + 1 < len(present) and present[place + 1][0] <= after + 1:
             continue
-        segment = Segment(path, first)
+        segment = Segment(path, first, unfinished)
         if first > number + 1:
             if segment.known_stored() > number:
                 raise Damaged(f"{path}: expected event {number + 1} before; a later one knew it to be stored")
-            log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number + 1)
+            unfinished(path, number + 1)
             return
         for event in segment:
             if event.number > number:
@@ -299,9 +309,10 @@ class Header(NamedTuple):
 class Segment:
     """The events of one segment, read one by one until what a crash left unfinished; raises Damaged or OSError."""
 
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, first: int, unfinished: Unfinished) -> None:
         self._path = path
         self._first = first
+        self._unfinished = unfinished
 
     def __iter__(self) -> Iterator[Event]:
         with self._path.open("rb", buffering=0) as file:
@@ -319,7 +330,7 @@ class Segment:
             if self._known_stored(file, place, salt) >= number:
                 raise Damaged(f"{self._path}: event {number} is damaged, or missing; a later one knew it to be stored")
             if any(_read(file, place, _RECORD_SIZE)):
-                log.warning("passed over the unfinished end of a journal", path=str(self._path), first_event=number)
+                self._unfinished(self._path, number)
 
     def known_stored(self) -> int:
         """The last event that anything in the segment knew to be on stable storage."""

@@ -42,12 +42,15 @@ class Keeper:
         fence: Callable[[], None],
         shadow: Shadow,
         pages: Pages,
+        *,
+        published: Callable[[Path], None],
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
         self._retention = retention
         self._shadow = shadow
         self._fence = fence
+        self._published = published
         self._writing = threading.Lock()
         present = checkpoint.present(home)
         self._last_event = checkpoint.event_of(present[0]) if present else -1
@@ -116,6 +119,7 @@ class Keeper:
             raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
         self._last_event = state.events
         self.written_at = time.monotonic()
+        self._published(checkpoint.path_of(self.home, state.events))
         pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
         self.parameter_set.stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
 
