@@ -333,12 +333,18 @@ def test_receipts_say_what_is_on_stable_storage_and_the_window_keeps_only_the_re
     for sequence in range(1, 4):
         assert weights.push(ONES).durable_sequence == 0
         assert weights._session._window.nbytes == 64 * sequence
-    session = server._engine.get(set_id)._sessions.open(weights.client_id, weights.identity.epoch, None)
-    session.durable_sequence = 2
+    parameter_set, identity = server._engine.get(set_id), weights.identity
+
+    def stored(sequence: int) -> None:
+        """Say that pushes up to one are in a checkpoint."""
+        session = (identity.client_id, identity.epoch, sequence)
+        parameter_set.stored(Stored(sequence, sequence, [session], optserve.Durability.CHECKPOINT))
+
+    stored(2)
     weights._session._disconnect()
     weights.pull()
     assert weights._session._window.nbytes == 64
-    session.durable_sequence = 3
+    stored(3)
     assert weights.push(ONES).durable_sequence == 3
     assert weights._session._window.nbytes == 64
 

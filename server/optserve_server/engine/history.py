@@ -48,7 +48,7 @@ class Event:
 class Log(Protocol):
     """Where events go before they happen. `append` is called under the set's lock, `wait` without it."""
 
-    def append(self, events: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
         """Take events; raises StorageFailed, and then none of them was taken."""
 
     def wait(self, number: int) -> None:
@@ -58,8 +58,8 @@ class Log(Protocol):
 class Unlogged:
     """No log: events may be acknowledged at once, and are only in memory."""
 
-    def append(self, events: Sequence[Event]) -> None:
-        """Forget them."""
+    def append(self, events: Iterable[Event]) -> None:
+        """Let them be, without even making them."""
 
     def wait(self, number: int) -> None:
         """Return."""
@@ -100,3 +100,6 @@ class Watermark:
         else:
             journal = max(journal, stored.number)
         return Watermark(journal, checkpoint, max(self.version, stored.version))
+
+
+NOTHING_STORED = Watermark()

@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from optserve._errors import StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Event, Stored
-from optserve_server.storage import events, files
+from optserve_server.storage import events as encoding
+from optserve_server.storage import files
 from optserve_server.storage.files import File, Pages
 from optserve_server.storage.tensors import Damaged
 
@@ -89,7 +90,8 @@ class Journal:
         files.sync_directory(home)
         self._begin()
 
-    def append(self, new: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
+        new = list(events)
         with self._changed:
             self._check()
         if self._torn:  # what was written there might be read for what would be next
@@ -224,7 +226,7 @@ class Journal:
             self._new = True  # its name is not synced yet
 
     def _record(self, event: Event) -> list[Any]:
-        encoded, data = events.encode(event)
+        encoded, data = encoding.encode(event)
         checksum = zlib.crc32(encoded, self._checksum)
         size = len(encoded)
         for buffer in data:
@@ -345,7 +347,7 @@ class Segment:
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
                     break
-                yield events.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
+                yield encoding.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
                 place += _RECORD_SIZE + header.size
                 number += 1
             if self._known_stored(file, place, salt) >= number:
