@@ -16,6 +16,7 @@ from optserve._ledger import Ledger
 from optserve._window import Window
 from optserve.v1 import parameter_set_pb2, step_pb2
 from optserve_server import Server
+from optserve_server.engine.history import Stored
 from proxy import Proxy
 from restarts import Restarts
 
