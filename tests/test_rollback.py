@@ -265,13 +265,14 @@ def test_a_worker_that_lost_nothing_is_told_of_lost_versions_unless_it_has_a_win
 def test_a_push_of_unknown_outcome_is_not_sent_again_and_settles_as_not_applied(restarts: Restarts) -> None:
     with (
         Proxy(restarts.address) as proxy,
-        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+        optserve.Client(proxy.address, transport="stream") as client,
     ):
         weights = client.create_parameter_set("a", ZEROS, COUNTING, replay_window_bytes=ENOUGH)
         weights.checkpoint()
         restarts.remember()
         weights.push(powers(0))
         proxy.swallow_answers()
+        weights._session._timeout = 2.0
         with pytest.raises(optserve.OutcomeUnknown):
             weights.push(powers(1))
         restarts.come_back()
@@ -286,7 +287,7 @@ def test_a_push_of_unknown_outcome_is_not_sent_again_and_settles_as_not_applied(
 def test_a_push_that_was_settled_is_sent_again_as_it_was(restarts: Restarts, way: str) -> None:
     with (
         Proxy(restarts.address) as proxy,
-        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+        optserve.Client(proxy.address, transport="stream") as client,
     ):
         weights = client.create_parameter_set("a", ZEROS, COUNTING, replay_window_bytes=ENOUGH, **WAYS[way])
         weights.checkpoint()
@@ -295,6 +296,7 @@ def test_a_push_that_was_settled_is_sent_again_as_it_was(restarts: Restarts, way
         weights.push(gradient)
         proxy.swallow_answers()
         gradient["x"][:] = 2
+        weights._session._timeout = 2.0
         with pytest.raises(optserve.OutcomeUnknown):
             weights.push(gradient)
         proxy.cut()

@@ -65,7 +65,20 @@ class Unlogged:
         """Return."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What has come to be on stable storage: all events up to a number, and the version and sequences that they led to.
+
+    `sequences` has (client id, epoch, sequence) of every session that they changed.
+    """
+
+    number: int
+    version: int
+    sequences: Iterable[tuple[str, int, int]]
+    durability: Durability
+
+
+@dataclass(frozen=True, slots=True)
 class Watermark:
     """How far a set's history is on stable storage: events in a journal or in a checkpoint, and the version after them."""
 
@@ -79,15 +92,11 @@ class Watermark:
             return Durability.CHECKPOINT
         return Durability.JOURNAL if number <= self.journal else Durability.MEMORY
 
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What has come to be on stable storage: all events up to a number, and the version and sequences that they led to.
-
-    `sequences` has (client id, epoch, sequence) of every session that they changed.
-    """
-
-    number: int
-    version: int
-    sequences: Iterable[tuple[str, int, int]]
-    durability: Durability
+    def raised(self, stored: Stored) -> "Watermark":
+        """The same after more has come to be there."""
+        journal, checkpoint = self.journal, self.checkpoint
+        if stored.durability is Durability.CHECKPOINT:
+            checkpoint = max(checkpoint, stored.number)
+        else:
+            journal = max(journal, stored.number)
+        return Watermark(journal, checkpoint, max(self.version, stored.version))

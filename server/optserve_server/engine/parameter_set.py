@@ -23,7 +23,7 @@ from optserve._errors import (
     ServerBusy,
     ServerError,
 )
-from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
@@ -74,6 +74,7 @@ class ParameterSet:
         self._events = 0
         self._undone: tuple[tuple[int, int], ...] = ()
         self.watermark = Watermark()
+        self._storing = threading.Lock()  # of journal and checkpoints, which may come at a time
         self._log: Log = Unlogged()
         self._sessions = Sessions()
         self._threads = threads
@@ -473,13 +474,8 @@ class ParameterSet:
 
     def stored(self, stored: Stored) -> None:
         """Say what has come to be on stable storage, in every answer from now on."""
-        watermark = self.watermark
-        journal, checkpoint = watermark.journal, watermark.checkpoint
-        if stored.durability is Durability.CHECKPOINT:
-            checkpoint = max(checkpoint, stored.number)
-        else:
-            journal = max(journal, stored.number)
-        self.watermark = Watermark(journal, checkpoint, max(watermark.version, stored.version))
+        with self._storing:
+            self.watermark = self.watermark.raised(stored)
         for client_id, epoch, sequence in stored.sequences:
             self._sessions.made_durable(client_id, epoch, sequence)
 
@@ -682,6 +678,7 @@ class ParameterSet:
             after = self._writable(draft)
             rounds = self._rounds.workers > 1
             if rounds:
+                self._broken = self.spec.transforms.accumulate > 1  # the mean has gradients of earlier rounds in it
                 self._gather(draft, after)
             self._log.append([each.event(self.spec.tensors, gathered=rounds) for each in decisions])
         except BaseException:
@@ -690,6 +687,7 @@ class ParameterSet:
             raise
         for each in held:
             each.buffer = None
+        self._broken = True  # until what the log has has happened
         if not rounds:
             self._gather(draft, after)
         self._run(draft, after)
@@ -707,11 +705,10 @@ class ParameterSet:
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
 
     def _gather(self, draft: Draft, after: Buffer) -> None:
-        """Make gradients one; if that fails half way with those of earlier pushes among them, the set is lost."""
-        gather = [work for planned in draft.updates for work in planned.gather]
-        self._broken = bool(gather) and self.spec.transforms.accumulate > 1
-        for work in gather:
-            work.run(self._memory(after), self._threads)
+        """Make gradients one, in memory of the set."""
+        for planned in draft.updates:
+            for work in planned.gather:
+                work.run(self._memory(after), self._threads)
 
     def _run(self, draft: Draft, after: Buffer) -> None:
         """Become what the draft says; if that fails half way, nothing is ever read from this set again."""

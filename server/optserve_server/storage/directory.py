@@ -122,8 +122,10 @@ class DataDirectory:
             try:
                 parameter_set = self._restored(home, engine, note)
                 self.add(parameter_set)
-            except (OptserveError, OSError, Damaged) as error:
-                log.error("not restored; its files are kept", directory=str(home), reason=str(error))
+            except Exception as error:  # whatever it is, the other sets come back
+                expected = isinstance(error, OptserveError | OSError | Damaged)
+                reason = None if expected else error
+                log.error("not restored; its files are kept", directory=str(home), reason=str(error), exc_info=reason)
                 self._kept[home] = str(error)
             else:
                 engine.add(parameter_set)
