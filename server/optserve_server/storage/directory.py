@@ -6,6 +6,8 @@ sets/<hash of id>/       one set, see `checkpoint` and `journal`
 deleted/                 sets whose deletion the store has not seen yet, see `store`
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import secrets
@@ -18,6 +20,7 @@ import structlog
 
 from optserve._errors import HistoryChanged, InvalidArgument, OptserveError, ParameterSetExists, ParameterSetNotFound
 from optserve._results import Durability
+from optserve._specification import Journal
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
@@ -32,6 +35,7 @@ from optserve_server.storage.uploads import Uploads
 log = structlog.get_logger()
 
 DAMAGED = ".damaged"  # suffix of checkpoints that were passed over
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # errors that say that a file is damaged
 Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
 
 
@@ -41,7 +45,8 @@ class DataDirectory:
     def __init__(self, path: Path, retention: Retention | None = None, store: str | None = None) -> None:
         self._path = path
         self._sets = path / "sets"
-        self._sets.mkdir(parents=True, exist_ok=True)
+        files.make_directories(path)
+        files.make_directories(self._sets)
         self._retention = retention or Retention()
         self._kept: dict[Path, str] = {}  # directories of sets that are not on this server, and why
         self._keepers: dict[str, Keeper] = {}
@@ -79,11 +84,20 @@ class DataDirectory:
             raise OSError("another server has taken over this data directory; this one writes nothing there any more")
 
     def add(self, parameter_set: ParameterSet) -> Keeper:
-        """Keep a set from now on; raises OSError or StorageFailed."""
+        """Keep a new set from now on; raises OSError or StorageFailed."""
         home = self._home(parameter_set.spec.id)
-        if not home.exists():
-            files.make_directory(home)
+        if home.exists():  # of one that could not be created, or not be deleted whole
+            files.remove_directory(home)
+        files.make_directory(home)
+        try:
             files.sync_directory(self._sets)
+            return self._keep(home, parameter_set)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                files.remove_directory(home)
+            raise
+
+    def _keep(self, home: Path, parameter_set: ParameterSet) -> Keeper:
         published = self._uploads.offer if self._uploads is not None else lambda path: None
         keeper = Keeper(
             home, parameter_set, self._retention, self.check_owner, self._shadow, self._pages, published=published
@@ -104,12 +118,16 @@ class DataDirectory:
         """
         if self._store is not None:
             self._fetch(self._store)
+        for condemned in self._sets.glob(f"*{files.CONDEMNED}"):
+            shutil.rmtree(condemned)
         homes = []
         for home in sorted(self._sets.iterdir()):
-            if home.name.endswith(files.CONDEMNED):
-                shutil.rmtree(home)
+            if _is_unfinished(home):
+                log.warning("removed a set whose creation was not finished", directory=str(home))
+                files.remove_directory(home)
             else:
                 homes.append(home)
+        files.sync_directory(self._sets)  # a crash of the server alone may have left names that were never synced
         total = sum(_nbytes(home) for home in homes)
         read = 0
 
@@ -121,12 +139,13 @@ class DataDirectory:
         for home in homes:
             try:
                 parameter_set = self._restored(home, engine, note)
-                self.add(parameter_set)
-            except Exception as error:  # whatever it is, the other sets come back
-                expected = isinstance(error, OptserveError | OSError | Damaged)
-                reason = None if expected else error
-                log.error("not restored; its files are kept", directory=str(home), reason=str(error), exc_info=reason)
-                self._kept[home] = str(error)
+                self._keep(home, parameter_set)
+            except Exception as error:  # one set must not keep a server from the others
+                unexpected = None if isinstance(error, OptserveError | OSError | Damaged) else error
+                log.error(
+                    "not restored; its files are kept", directory=str(home), reason=str(error), exc_info=unexpected
+                )
+                self._kept[home] = str(error) or repr(error)
             else:
                 engine.add(parameter_set)
                 if self._uploads is not None:  # if it is not there yet
@@ -211,6 +230,7 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
     """The set that a directory has; raises Damaged, OSError or OptserveErrors if there is none that can be here."""
     for leftover in (*home.glob(f"*{files.TEMPORARY}"), *home.glob(f"*{files.CONDEMNED}")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    files.sync_directory(home)
     present = checkpoint.present(home)
     _check_current(home, present)
     damaged: list[Path] = []
@@ -225,6 +245,8 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
         except InvalidArgument:  # sound, but not for this server
             raise
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and error.errno not in LOST:
+                raise
             log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             damaged.append(path)
             continue
@@ -232,8 +254,10 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
             Stored(described.state.events, described.state.position.version, (), Durability.CHECKPOINT)
         )
         _repeat(home, parameter_set, note)
+        if damaged and parameter_set.spec.journal is not Journal.OFF:
+            _check_reached(damaged[0], parameter_set)
         for each in damaged:  # which must not count among those that are kept
-            files.rename(each, each.with_name(each.name + DAMAGED))
+            _set_aside(each)
         return parameter_set
     raise Damaged("all of its checkpoints are damaged" if present else "it has no checkpoint")
 
@@ -249,6 +273,30 @@ def _repeat(home: Path, parameter_set: ParameterSet, note: Callable[[int], None]
         log.info("journal repeated", parameter_set=parameter_set.spec.id, events=parameter_set.events - before)
 
 
+def _check_reached(damaged: Path, parameter_set: ParameterSet) -> None:
+    """Raises Damaged if a checkpoint that can't be read had more of a set than its journal leads to."""
+    if parameter_set.events < checkpoint.event_of(damaged):
+        raise Damaged(
+            f"{damaged}: it is damaged, and the journal leads from the one before to event {parameter_set.events} only"
+        )
+
+
+def _set_aside(damaged: Path) -> None:
+    aside = damaged.with_name(damaged.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    files.rename(damaged, aside)
+
+
+def _is_unfinished(home: Path) -> bool:
+    """Whether a set never had a checkpoint: then nobody was told that anything of it is there."""
+    return home.is_dir() and not any(
+        each.name == checkpoint.CURRENT
+        or (each.name.startswith(checkpoint.PREFIX) and not each.name.endswith(files.TEMPORARY))
+        for each in home.iterdir()
+    )
+
+
 def _check_current(home: Path, present: list[Path]) -> None:
     """Say so if the pointer is not to the newest checkpoint: each is checked by itself."""
     try:
@@ -262,5 +310,5 @@ def _check_current(home: Path, present: list[Path]) -> None:
 def _nbytes(home: Path) -> int:
     """Bytes that a set's restoration reads, about."""
     newest = checkpoint.present(home)[:1]
-    read = [each for path in newest for each in path.iterdir()] + [path for _, path in journal.segments(home)]
+    read = [each for path in newest for each in path.glob("*")] + [path for _, path in journal.segments(home)]
     return sum(path.stat().st_size for path in read)

@@ -154,6 +154,15 @@ def make_directory(path: Path) -> None:
     path.mkdir(mode=0o700)
 
 
+def make_directories(path: Path) -> None:
+    """Have a directory, and those that it is in, durably, whoever made them."""
+    if not path.exists():
+        make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # of somebody else's directory, which was there before
+        sync_directory(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file, if it is there."""
     path.unlink(missing_ok=True)
@@ -163,6 +172,8 @@ def remove_directory(path: Path) -> None:
     """Remove a directory, which from now on does not count, and then what is in it."""
     condemned = path if path.name.endswith(CONDEMNED) else path.with_name(path.name + CONDEMNED)
     if condemned is not path:
+        if condemned.exists():  # since it could not be removed before
+            shutil.rmtree(condemned)
         rename(path, condemned)
         sync_directory(path.parent)
     shutil.rmtree(condemned)

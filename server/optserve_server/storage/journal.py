@@ -6,6 +6,7 @@ and records also say which event was known to be on stable storage when they wer
 unfinished (nothing that came later knew it to be stored: it is passed over) from damage (refused).
 """
 
+import contextlib
 import itertools
 import secrets
 import struct
@@ -29,7 +30,7 @@ from optserve_server.storage.tensors import Damaged
 log = structlog.get_logger()
 
 WINDOW = 1.0  # seconds for which an acknowledged event may not be on stable storage, with "everysec"
-GRAIN = 1 << 20  # bytes; segments grow by multiples of it, so that one of another size was cut
+GRAIN = 1 << 20  # bytes; segments grow by multiples of it
 PREFIX = "journal-"
 
 Unfinished = Callable[[Path, int], None]  # a segment, and the first event that it does not have whole
@@ -48,9 +49,9 @@ _RECORD_SIZE = _RECORD.size + _CHECKSUM.size
 class Journal:
     """The journal of one set, to which events go; a `Log`.
 
-    `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if this server is not
-    to write any more. With "everysec", `sync_if_due` must be called often. After
-    an error of a sync nothing is acknowledged any more. Raises OSError or StorageFailed.
+    `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if another server may
+    have read the journal without that. With "everysec", `sync_if_due` must be called often. After an error of a sync nothing
+    is acknowledged any more. Raises OSError or StorageFailed.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Journal:
         self._sequences: dict[tuple[str, int], int] = {}
         self._syncing = False
         self._failure: str | None = None
+        self._torn = False  # whether a write has failed in the present segment
         self._unsynced: list[File] = []  # segments that came to their end; the last one is the present one
         for first, path in segments(home):
             if first > last_event:  # begun before a crash, and what came before it is gone
@@ -85,12 +87,13 @@ class Journal:
             else:  # a crash of the server alone may have left what could be read, and was never synced
                 files.sync(path)
         files.sync_directory(home)
-        stored(Stored(last_event, version, (), Durability.JOURNAL))
         self._begin()
 
     def append(self, new: Sequence[Event]) -> None:
         with self._changed:
             self._check()
+        if self._torn:  # what was written there might be read for what would be next
+            self._begin()
         file, size, checksum = self._file, self._file.size, self._checksum
         try:
             buffers = [buffer for event in new for buffer in self._record(event)]
@@ -98,14 +101,18 @@ class Journal:
             end = file.size + nbytes + 2 * files.PAGE
             if end > file.reserved:
                 file.reserve(-(-end // GRAIN) * GRAIN)
+            self._torn = True
             if nbytes < GRAIN:
                 file.write(buffers)
             else:
                 self._pages.write(file, buffers)
-        except OSError as error:
+            self._torn = False
+        except BaseException as error:
             file.rewind(size)
             self._checksum = checksum
-            raise StorageFailed(f"the journal can't be written, and nothing was applied: {error}") from error
+            if isinstance(error, OSError):
+                raise StorageFailed(f"the journal can't be written, and nothing was applied: {error}") from error
+            raise
         with self._changed:
             self._last, self._version = new[-1].number, new[-1].version
             now = time.monotonic()
@@ -159,13 +166,18 @@ class Journal:
         return self._failure
 
     def skip(self, last_event: int, version: int) -> None:
-        """Let the next event be another, once all before are synced; raises StorageFailed."""
+        """Let the next event be another, for a checkpoint leads there; raises StorageFailed."""
         with self._changed:
-            self._last = self._synced = last_event
-            self._version = version
+            while self._syncing:
+                self._changed.wait()
+            self._last, self._version = last_event, version
+            self._synced = min(self._synced, last_event)
         try:
+            for first, path in segments(self._home):
+                if first > last_event + 1:  # of a history that was not to be
+                    files.remove(path)
             self._begin()
-        except StorageFailed as error:
+        except (OSError, StorageFailed) as error:
             self.fail(str(error))
             raise
 
@@ -193,13 +205,19 @@ class Journal:
         try:
             files.remove(temporary)
             file = File(temporary)
-            file.reserve(GRAIN)
-            file.write([header])
-            file.sync()
-            files.rename(temporary, path)
+            try:
+                file.reserve(GRAIN)
+                file.write([header])
+                file.sync()
+                files.rename(temporary, path)
+            except BaseException:
+                file.close()
+                raise
         except OSError as error:
+            with contextlib.suppress(OSError):
+                files.remove(temporary)
             raise StorageFailed(f"no segment of the journal can be begun: {error}") from error
-        self._file, self._salt = file, salt
+        self._file, self._salt, self._torn = file, salt, False
         self._checksum = zlib.crc32(header)
         with self._changed:
             self._unsynced.append(self._file)
@@ -224,11 +242,11 @@ class Journal:
         new = self._new
         self._changed.release()
         try:
-            self._fence()
             for segment in segments:
                 segment.sync()
             if new:
                 files.sync_directory(self._home)
+            self._fence()  # who took over before this has not read it all
         except OSError as error:
             failure: str | None = f"the journal can't be synced, and acknowledges nothing more until a restart: {error}"
         else:
@@ -290,7 +308,10 @@ def read(home: Path, after: int, unfinished: Unfinished = say_unfinished) -> Ite
                 raise Damaged(f"{path}: expected event {number + 1} before; a later one knew it to be stored")
             unfinished(path, number + 1)
             return
+        end = present[place + 1][0] if place + 1 < len(present) else None
         for event in segment:
+            if event.number == end:  # written after all, though the server was told otherwise; and then once more
+                break
             if event.number > number:
                 number = event.number
                 yield event
@@ -341,8 +362,10 @@ class Segment:
     def _opened(self, file: Any) -> tuple[int, int, int]:
         """Salt, event known to be stored, and checksum of the segment's header."""
         size = file.seek(0, 2)
-        if size < GRAIN or size % GRAIN:
-            raise Damaged(f"{self._path}: expected a multiple of {GRAIN} bytes; got {size}: it was cut")
+        if size < GRAIN:
+            raise Damaged(f"{self._path}: expected at least {GRAIN} bytes; got {size}: it was cut")
+        if size % GRAIN:  # as a crash may leave one that was to grow
+            log.warning("a segment of a journal ends early", path=str(self._path), size=size)
         header = _read(file, 0, _SEGMENT_SIZE)
         magic, salt, first, synced = _SEGMENT.unpack_from(header)
         if (magic, first, header) != (_SEGMENT_MAGIC, self._first, _sealed(header[: _SEGMENT.size], 0)):

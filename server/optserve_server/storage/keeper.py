@@ -68,6 +68,8 @@ class Keeper:
                 pages,
             )
             parameter_set.keep(self._journal)
+            with parameter_set.frozen() as state:
+                self._tell(state, Durability.JOURNAL)  # of what was read again and synced
 
     @property
     def is_behind(self) -> bool:
@@ -104,24 +106,39 @@ class Keeper:
                 self._checkpoint()
             except BaseException:
                 self.parameter_set = present
-                present.reinstate()
-                if self._journal is not None:
-                    self._journal.skip(present.events, present.position.version)
+                try:
+                    if self._journal is not None:
+                        self._go_on(self._journal, earlier)
+                finally:
+                    present.reinstate()
                 raise
             present.clear()
+
+    def _go_on(self, journal: Journal, earlier: ParameterSet) -> None:
+        """Let the journal go on where it was, unless a restart may find the set to be what it was earlier."""
+        if checkpoint.path_of(self.home, earlier.events).exists():
+            journal.fail("the set was half rewound, and acknowledges nothing more until a restart")
+        else:
+            journal.skip(self.parameter_set.events, self.parameter_set.position.version)
 
     def _checkpoint(self, shared: Shared | None = None) -> None:
         try:
             self._fence()
             state = self._write(shared)
-            self._remove_old()
         except OSError as error:
             raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
+        try:
+            self._remove_old()
+        except OSError as error:
+            log.error("old checkpoints not removed", parameter_set=state.spec.id, reason=str(error))
         self._last_event = state.events
         self.written_at = time.monotonic()
         self._published(checkpoint.path_of(self.home, state.events))
+        self._tell(state, Durability.CHECKPOINT)
+
+    def _tell(self, state: State, durability: Durability) -> None:
         pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
-        self.parameter_set.stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
+        self.parameter_set.stored(Stored(state.events, state.position.version, pushed, durability))
 
     def sync_if_due(self) -> None:
         """Sync the journal if that is due; raises StorageFailed."""
@@ -169,7 +186,7 @@ class Keeper:
         stalled = time.monotonic() - began
         try:
             draft.write(copies)
-            draft.publish()
+            draft.publish(self._fence)
         finally:
             draft.close()
         log.info(

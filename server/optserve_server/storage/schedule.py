@@ -1,6 +1,5 @@
 """The schedule: threads that write checkpoints when they are due, and sync journals that may wait a little."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -52,16 +51,21 @@ class Schedule:
                     set_id = keeper.parameter_set.spec.id
                     try:
                         self._directory.checkpoint(set_id)
-                    except OptserveError as error:  # deleted since, for one; the next time will tell
-                        log.error("no checkpoint", parameter_set=set_id, reason=str(error))
+                    except Exception as error:  # deleted since, for one; the next time will tell
+                        unexpected = None if isinstance(error, OptserveError) else error
+                        log.error("no checkpoint", parameter_set=set_id, reason=str(error), exc_info=unexpected)
                         keeper.written_at = time.monotonic()
 
     def _sync(self) -> None:
         failed = False
         while not self._ended.wait(WINDOW / 8):
             for keeper in self._directory.keepers:
-                with contextlib.suppress(OptserveError):  # the log has it, and who pushes will hear it
+                try:
                     keeper.sync_if_due()
+                except OptserveError:  # the log has it, and who pushes will hear it
+                    continue
+                except Exception as error:
+                    log.error("journal not synced", home=str(keeper.home), exc_info=error)
             if not failed and any(keeper.failure for keeper in self._directory.keepers):
                 failed = True
                 self._failed()

@@ -61,8 +61,12 @@ class Writer:
         header = _header(dict(zip(self._names, self._tensors, strict=True)), metadata)
         self._end = len(header) + self.nbytes
         self._file = File(path)
-        self._file.reserve(self._end)
-        self._file.write([header])
+        try:
+            self._file.reserve(self._end)
+            self._file.write([header])
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def nbytes(self) -> int:
