@@ -267,7 +267,8 @@ def test_what_the_disk_has_only_older_events_of_is_fetched(tmp_path: Path) -> No
         weights = client.parameter_set("a")
         assert same(weights.state(), trained(5))
         weights.push(ONES)
-    assert [each.damage for each in verify(tmp_path / "old")] == [None, None]
+        (found,) = verify(tmp_path / "old")
+        assert (found.event, found.events, found.damage) == (5, 1, None)
 
 
 def test_a_history_that_went_back_is_the_one_that_comes_back(tmp_path: Path) -> None:

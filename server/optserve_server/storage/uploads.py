@@ -39,19 +39,20 @@ class Uploads:
             self._deleted = True
             self._changed.notify_all()
 
-    def wait(self) -> None:
-        """Return once everything that was offered was tried."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether, after so many seconds at most, everything that was offered has been tried."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._offered or self._deleted or self._working))
+            return self._changed.wait_for(lambda: not (self._offered or self._deleted or self._working), timeout)
 
     def close(self) -> None:
         """End the thread, after what was offered, if the store takes it in time."""
+        if not self.wait(PATIENCE):
+            log.error("not all checkpoints were copied", store=self._store.url)
+            return  # the thread ends with the process
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        self._thread.join(PATIENCE)
-        if self._thread.is_alive():
-            log.error("not all checkpoints were copied", store=self._store.url, left=len(self._offered) + 1)
+        self._thread.join()
 
     def _run(self) -> None:
         while True:
@@ -59,7 +60,7 @@ class Uploads:
                 self._working = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._offered or self._deleted or self._ended)
-                if not (self._offered or self._deleted):
+                if self._ended:
                     return
                 home = next(iter(self._offered), None)
                 path = self._offered.pop(home) if home is not None else None

@@ -1,7 +1,7 @@
 """Verification: a data directory read as a restart would read it, without a server, and while one uses it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optserve._errors import InvalidArgument
@@ -10,6 +10,7 @@ from optserve_server.storage.tensors import Damaged
 
 ATTEMPTS = 5  # at a journal to which a server may be writing
 Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
+Note = Callable[[int], None]  # more bytes that were read
 
 _DAMAGE = (Damaged, OSError, ValueError, KeyError, TypeError)
 
@@ -54,34 +55,42 @@ def verify(path: Path, progress: Progress = lambda read, total: None) -> Iterato
     progress(total, total)
 
 
-def _set(home: Path, note: Callable[[int], None]) -> Iterator[Finding]:
-    found = [_checkpoint(path, note) for path in checkpoint.present(home)]
-    findings = [each for each in found if each.directory.exists()]  # a server may have removed what was old
-    if not findings:
-        yield _without(home)
-        return
-    set_id, undone = next(((each.set_id, each.undone) for each in findings if each.set_id is not None), (None, ()))
-    for place, finding in enumerate(findings):
+def _set(home: Path, note: Note) -> list[Finding]:
+    """What there is of a set; looked at again if it seems damaged, and a server has written a checkpoint meanwhile."""
+    findings: list[Finding] = []
+    for _ in range(ATTEMPTS):
+        present = checkpoint.present(home)
+        findings = _findings(home, present, note) if present else [_without(home)]
+        sound = findings and all(each.damage is None for each in findings)
+        if sound or checkpoint.present(home)[:1] == present[:1]:
+            break
+        note = _ignore
+    return findings if home.exists() else []  # it was deleted
+
+
+def _findings(home: Path, present: list[Path], note: Note) -> list[Finding]:
+    found = [_checkpoint(path, note) for path in present]
+    set_id, undone = next(((each.set_id, each.undone) for each in found if each.set_id is not None), (None, ()))
+    findings = []
+    for finding in found:
         after = checkpoint.event_of(finding.directory)
-        until = min(
-            (last for _, last in undone if last >= after), default=None
-        )  # where history went back, it has a gap
-        repeated = _journal(home, after, until, note if place + 1 == len(findings) else lambda nbytes: None)
-        if not finding.directory.exists():  # and its journal with it
-            continue
-        yield Finding(
-            directory=finding.directory,
-            set_id=set_id,
-            version=finding.version,
-            event=after,
-            undone=undone,
-            events=repeated.events,
-            unfinished=repeated.unfinished,
-            damage=finding.damage or repeated.damage,
-        )
+        until = min((last for _, last in undone if last >= after), default=None)  # history went back, and left a gap
+        repeated = _journal(home, after, until, note if finding is found[-1] else _ignore)
+        if finding.directory.exists():  # else a server has removed it since, and what came after it
+            findings.append(
+                replace(
+                    finding,
+                    set_id=set_id,
+                    event=after,
+                    events=repeated.events,
+                    unfinished=repeated.unfinished,
+                    damage=finding.damage or repeated.damage,
+                )
+            )
+    return findings
 
 
-def _checkpoint(path: Path, note: Callable[[int], None]) -> Finding:
+def _checkpoint(path: Path, note: Note) -> Finding:
     try:
         state = checkpoint.read(path).state
     except InvalidArgument as error:  # another version's, or with a rule of one's own that is not known here
@@ -99,7 +108,7 @@ def _checkpoint(path: Path, note: Callable[[int], None]) -> Finding:
     )
 
 
-def _journal(home: Path, after: int, until: int | None, note: Callable[[int], None]) -> Finding:
+def _journal(home: Path, after: int, until: int | None, note: Note) -> Finding:
     """What the journal has after an event, until another if history went back then.
 
     Damage counts when it is found at the same place again: what is being written is not there whole.
@@ -109,11 +118,11 @@ def _journal(home: Path, after: int, until: int | None, note: Callable[[int], No
         finding = _journal_once(home, after, until, note)
         if finding.damage is None or finding == before:
             break
-        before, note = finding, lambda nbytes: None
+        before, note = finding, _ignore
     return finding
 
 
-def _journal_once(home: Path, after: int, until: int | None, note: Callable[[int], None]) -> Finding:
+def _journal_once(home: Path, after: int, until: int | None, note: Note) -> Finding:
     events, unfinished, damage = 0, None, None
 
     def passed_over(path: Path, number: int) -> None:
@@ -134,11 +143,15 @@ def _journal_once(home: Path, after: int, until: int | None, note: Callable[[int
 
 def _without(home: Path) -> Finding:
     """A set whose first checkpoint was never finished, which is no damage unless something happened to it since."""
-    finding = _journal(home, 0, None, lambda nbytes: None)
+    finding = _journal(home, 0, None, _ignore)
     damage = finding.damage or (
         f"no checkpoint, but {finding.events} events in its journal" if finding.events else None
     )
     return Finding(directory=home, events=finding.events, unfinished=finding.unfinished, damage=damage)
+
+
+def _ignore(nbytes: int) -> None:
+    """For what was counted before."""
 
 
 def _said(error: Exception) -> str:
@@ -146,5 +159,12 @@ def _said(error: Exception) -> str:
 
 
 def _nbytes(home: Path) -> int:
-    kept = [file for path in checkpoint.present(home) for file in path.iterdir()]
-    return sum(path.stat().st_size for path in kept + [path for _, path in journal.segments(home)])
+    kept = [file for path in checkpoint.present(home) for file in path.glob("*")]
+    return sum(map(_size, kept + [path for _, path in journal.segments(home)]))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a server has removed it since
+        return 0
