@@ -141,6 +141,18 @@ def test_pushes(kind: str, dtype: Any, durable: Server, worker: optserve.Client,
     assert_repeats(durable, tmp_path)
 
 
+def test_tensors_with_names_that_mean_something_to_files(
+    durable: Server, worker: optserve.Client, tmp_path: Path
+) -> None:
+    names = ("__metadata__", "tensor", "tensor-", "tensor-0", "..", "/etc/passwd", "manifest.json", "\N{SNOWMAN}")
+    arrays = {name: np.full(k, k, np.float32) for k, name in enumerate(names)}
+    weights = worker.create_parameter_set("set", arrays, optim.SGD(), journal="always")
+    weights.push(arrays)
+    weights.checkpoint()
+    weights.push(arrays)
+    assert_repeats(durable, tmp_path)
+
+
 @pytest.mark.parametrize("format", [formats.BFloat16(), formats.Float16(), formats.Int8(), formats.TopK(0.1)], ids=str)
 def test_pushes_in_formats(format: formats.Format, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
     weights = worker.create_parameter_set("set", tensors(), optim.Adam(), journal="always", push_format=format)

@@ -53,7 +53,7 @@ class Writer:
     """Writes one file of tensors, whose elements come as memory that they were copied to; raises OSError."""
 
     def __init__(self, path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-        self._names = [_named(name, index) for index, name in enumerate(tensors)]
+        self._names = _named(list(tensors))
         self._data = [tensor.reshape(-1).view(np.uint8) for tensor in tensors.values()]
         self._tensors = list(tensors.values())
         self._begins = list(itertools.accumulate((data.size for data in self._data), initial=0))
@@ -188,6 +188,9 @@ def _dtype(tensor: NDArray[Any]) -> str:
     return _EXPORTED.get(tensor.dtype.name) or _NAMES[tensor.dtype]
 
 
-def _named(name: str, index: int) -> str:
-    """A tensor's name in a file; the format has a meaning for one."""
-    return name if name != _RESERVED else f"tensor-{index}"
+def _named(names: Sequence[str]) -> list[str]:
+    """Names of tensors in a file, all different; the format has a meaning for one."""
+    free = "tensor"
+    while free in names:
+        free += "-"
+    return [name if name != _RESERVED else free for name in names]
