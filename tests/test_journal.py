@@ -356,3 +356,20 @@ def test_a_rewind_that_fails_changes_nothing_and_what_follows_is_kept(machine: M
         machine = restarted(machine, tmp_path)
         assert fingerprint(machine.state("adam-always")) == after
     machine.abandon()
+
+
+def test_a_set_goes_on_where_the_disk_had_no_room_for_a_rewind(machine: Machine, tmp_path: Path) -> None:
+    """Not even for the segment that would have followed it; the present one has room."""
+    machine.create("adam-always")
+    for seed in range(3):
+        machine.push("adam-always", seed)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(journal.File, "reserve", side_effect=full), pytest.raises(StorageFailed, match="No space"):
+        machine.rewind("adam-always", 1)
+    machine.push("adam-always", 3)
+    machine.rewind("adam-always", 2)
+    machine.push("adam-always", 4)
+    after = fingerprint(machine.state("adam-always"))
+    machine = restarted(machine, tmp_path)
+    assert fingerprint(machine.state("adam-always")) == after
+    machine.abandon()

@@ -168,19 +168,34 @@ class Journal:
         return self._failure
 
     def skip(self, last_event: int, version: int) -> None:
-        """Let the next event be another, for a checkpoint leads there; raises StorageFailed."""
+        """Let the next event be another, for a checkpoint leads there; raises StorageFailed, and then it is the one that it
+        was, or nothing is acknowledged any more."""
         with self._changed:
             while self._syncing:
                 self._changed.wait()
+            before = self._last, self._version
+            if before == (last_event, version):
+                return
             self._last, self._version = last_event, version
             self._synced = min(self._synced, last_event)
         try:
             for first, path in segments(self._home):
                 if first > last_event + 1:  # of a history that was not to be
                     files.remove(path)
-            self._begin()
-        except (OSError, StorageFailed) as error:
+        except OSError as error:
             self.fail(str(error))
+            raise
+        try:
+            self._begin()
+        except StorageFailed as error:
+            if last_event < before[0]:  # what there is leads elsewhere
+                self.fail(str(error))
+                raise
+            with self._changed:
+                while self._syncing:  # as far as it was to go
+                    self._changed.wait()
+                self._last, self._version = before
+                self._synced = min(self._synced, before[0])
             raise
 
     def fail(self, reason: str) -> None:
