@@ -72,6 +72,27 @@ def view(parameter_set: Any) -> dict[str, Any]:
     return parameter_set.capture().entries()["parameters"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["in the journal", "in a checkpoint as well"])
+def test_what_happened_since_the_update_to_a_version_is_undone_wherever_it_was_written(
+    written: bool, worker: optserve.Client, durable: Server
+) -> None:
+    """A learning rate that turned out to be wrong; gradients that wait in the mean for others."""
+    weights = worker.create_parameter_set(
+        "run", START, ADAM, journal="always", transforms=optserve.Transforms(accumulate=2)
+    )
+    for step in range(2):
+        weights.push(gradients(step))
+    weights.update(lr=10.0)
+    weights.push(gradients(2))
+    if written:
+        weights.checkpoint()
+    weights.push(gradients(3))
+    weights.rewind(1)
+    assert weights.describe().groups[0].optimizer.lr == ADAM.lr
+    (rewound,) = durable._engine.list()
+    assert rewound.capture().progress.accumulated == 0
+
+
 def test_without_a_journal_it_goes_back_to_its_checkpoints(worker: optserve.Client) -> None:
     weights, versions = run(worker, journal="off")
     with pytest.raises(optserve.VersionNotKept, match="got 4, and the last one that can be had is 3"):

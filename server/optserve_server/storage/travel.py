@@ -6,6 +6,7 @@ from pathlib import Path
 import structlog
 
 from optserve._errors import InvalidState, StorageFailed, VersionNotKept
+from optserve._specification import Journal
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
@@ -56,12 +57,23 @@ def _described(home: Path) -> Iterator[tuple[Path, Manifest]]:
 
 
 def _base(described: list[tuple[Path, Manifest]], newest: State, version: int | None) -> tuple[Path, Manifest]:
-    """The last checkpoint that leads to a version by what was not undone since."""
+    """The last checkpoint from which what was not undone since leads to the first state at a version; or to the first that
+    is kept."""
     if version is None:
         return described[0]
-    for path, each in described:
-        if each.state.position.version <= version and not _is_undone(newest, each.state.events):
+    before = [
+        (path, each)
+        for path, each in described
+        if each.state.position.version <= version and not _is_undone(newest, each.state.events)
+    ]
+    there = [found for found in before if found[1].state.position.version == version]
+    if there and newest.spec.journal is Journal.OFF:
+        return there[-1]
+    for path, each in before:
+        if each.state.position.version < version or _is_first(each.state):
             return path, each
+    if before:
+        return before[-1]
     raise VersionNotKept(
         f"expected a version from {min(each.state.position.version for _, each in described)} on of {newest.spec.id!r}, since "
         f"which checkpoints are kept; got {version}. Start the server with a larger --checkpoints-kept to go back further"
@@ -79,6 +91,12 @@ def _repeat_until(home: Path, parameter_set: ParameterSet, newest: State, versio
         f"expected a version of {newest.spec.id!r} that a checkpoint or a journal leads to; got {version}, and the last one "
         f"that can be had is {parameter_set.position.version}"
     )
+
+
+def _is_first(state: State) -> bool:
+    """Whether nothing that changes a state has happened since its last update."""
+    progress, version = state.progress, state.position.version
+    return not (progress.accumulated or progress.skipped or any(each.version == version for each in state.changes))
 
 
 def _is_undone(newest: State, event: int) -> bool:
