@@ -1,10 +1,13 @@
 """Going back to earlier versions, and branching off from them."""
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import optserve
 from direct import restored
 from optserve import optim
 from optserve_server import Config, Server
+from optserve_server.storage import files
 
 ADAM = optim.Adam(lr=0.01)
 
@@ -194,6 +198,18 @@ def test_a_fork_from_a_checkpoint_shares_its_files(worker: optserve.Client, tmp_
         "exp_avg.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "exp_avg_sq.safetensors",
         "parameters.safetensors", "parameters.safetensors", "parameters.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EPERM], ids=["removed since", "no links here"])
+def test_a_fork_from_a_checkpoint_whose_files_can_not_be_shared_has_its_own(
+    number: int, worker: optserve.Client, durable: Server, tmp_path: Path
+) -> None:
+    weights, versions = run(worker)
+    with mock.patch.object(files, "link", side_effect=OSError(number, os.strerror(number))):
+        weights.fork("fork", 5)
+    durable.stop()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as again, optserve.Client(again.address) as other:
+        assert bits(other.parameter_set("fork").pull()) == versions[5]
 
 
 def test_a_fork_with_another_optimizer_begins_with_the_parameters(worker: optserve.Client) -> None:

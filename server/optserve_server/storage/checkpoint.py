@@ -108,13 +108,16 @@ class Draft:
             raise
 
     def _begin(self, shared: "Shared | None") -> None:
+        for name in list(self._shared):
+            assert shared is not None
+            try:
+                files.link(shared.path / f"{name}{SUFFIX}", self._temporary / f"{name}{SUFFIX}")
+            except OSError:  # the other was removed since, or this file system has no links
+                del self._shared[name]
         about = {"parameter_set": self.state.spec.id, "version": str(self.state.position.version)}
         for name, each in _arrays(self.state).items():
             if name not in self._shared:
                 self._writers[name] = Writer(self._temporary / f"{name}{SUFFIX}", each, about)
-        for name in self._shared:
-            assert shared is not None
-            files.link(shared.path / f"{name}{SUFFIX}", self._temporary / f"{name}{SUFFIX}")
 
     def batches(self, most: int) -> list[list[Stretch]]:
         """All elements, in the order in which they are written, at most so many bytes at a time; as many as can be at last."""
