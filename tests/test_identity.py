@@ -174,6 +174,8 @@ def test_an_identity_brings_its_client_id(memory_client: optserve.Client, new_id
     )
     with pytest.raises(optserve.InvalidArgument, match="identity of client 'worker-2'; got that of 'worker-1'"):
         memory_client.parameter_set(weights.id, client_id="worker-2", identity=weights.identity)
+    with pytest.raises(optserve.InvalidArgument, match=r"expected an Identity, such as `weights.identity`; got \{"):
+        memory_client.parameter_set(weights.id, identity=asdict(weights.identity))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

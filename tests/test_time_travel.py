@@ -15,6 +15,7 @@ import pytest
 import optserve
 from direct import restored
 from optserve import optim
+from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import Config, Server
 from optserve_server.storage import files
 
@@ -238,3 +239,30 @@ def test_a_fork_under_an_id_that_is_taken_is_refused(worker: optserve.Client) ->
         weights.fork("run")
     with pytest.raises(optserve.InvalidName):
         weights.fork("/")
+
+
+@pytest.mark.parametrize("version", [-1, 1.5, "3", True, 2**64])
+def test_what_is_no_version_is_refused_before_anything_happens(version: Any, worker: optserve.Client) -> None:
+    weights, _ = run(worker)
+    with pytest.raises(optserve.InvalidArgument, match=r"a version as a whole number of at least 0; got"):
+        weights.rewind(version)
+    with pytest.raises(optserve.InvalidArgument, match=r"a version as a whole number of at least 0; got"):
+        weights.fork("fork", version)
+    assert weights.pull().version == 8
+
+
+def test_a_rewind_to_nowhere_is_refused(worker: optserve.Client, durable: Server) -> None:
+    """And not taken to be one to the beginning."""
+    weights, _ = run(worker)
+    with pytest.raises(optserve.InvalidArgument, match="got None"):
+        weights.rewind(None)  # type: ignore[arg-type]
+    with pytest.raises(optserve.InvalidArgument, match="a request without one"):
+        durable._service.rewind_parameter_set(pb.RewindParameterSetRequest(id="run"))
+    assert weights.pull().version == 8
+
+
+@pytest.mark.parametrize("optimizer", ["adam", optim.Adam])
+def test_a_fork_takes_an_optimizer_or_none(optimizer: Any, worker: optserve.Client) -> None:
+    weights, _ = run(worker)
+    with pytest.raises(optserve.InvalidHyperparameter, match=r"expected an optimizer, such as optim.Adam\(lr=1e-3\)"):
+        weights.fork("fork", optimizer=optimizer)

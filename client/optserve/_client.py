@@ -169,6 +169,8 @@ class Client:
         was rewound.
         """
         choice, window = Choice(self._via, push_format, pull_format), _check_window(replay_window_bytes)
+        if identity is not None and not isinstance(identity, Identity):
+            raise InvalidArgument(f"expected an Identity, such as `weights.identity`; got {identity!r}")
         if identity is not None and client_id not in (None, identity.client_id):
             raise InvalidArgument(f"expected the identity of client {client_id!r}; got that of {identity.client_id!r}")
         client_id = identity.client_id if identity is not None else client_id

@@ -11,9 +11,9 @@ from optserve._buffers import Buffers
 from optserve._carriers import Chunks
 from optserve._choice import Choice
 from optserve._compression import Compressor
-from optserve._errors import InvalidFormat, OutcomeUnknown, TensorMismatch
+from optserve._errors import InvalidArgument, InvalidFormat, InvalidHyperparameter, OutcomeUnknown, TensorMismatch
 from optserve._exchange import OutgoingPull, OutgoingPush
-from optserve._identity import Identity
+from optserve._identity import LARGEST, Identity
 from optserve._messages import (
     decode_description,
     decode_group_states,
@@ -239,7 +239,7 @@ class ParameterSet:
         Other handles raise RolledBack once, and go on from there. Raises NoDataDirectory, or VersionNotKept for a version that
         neither the server's checkpoints nor a journal lead to.
         """
-        request = pb.RewindParameterSetRequest(id=self.id, version=version)
+        request = pb.RewindParameterSetRequest(id=self.id, version=_check_version(version))
         response = self._transport.call("RewindParameterSet", request, self._timeout, wait=True)
         position = decode_position(response.position)
         self._session.rewound(position, response.rewinds)
@@ -251,8 +251,11 @@ class ParameterSet:
         With another optimizer, in no groups, it goes on with the state if that rule keeps the same, else with the parameters
         alone, from version 0. Raises ParameterSetExists, and as `rewind` does.
         """
-        request = pb.ForkParameterSetRequest(id=self.id, new_id=check_set_id(id), version=version)
+        begin = None if version is None else _check_version(version)
+        request = pb.ForkParameterSetRequest(id=self.id, new_id=check_set_id(id), version=begin)
         if optimizer is not None:
+            if not isinstance(optimizer, Optimizer):
+                raise InvalidHyperparameter(f"expected an optimizer, such as optim.Adam(lr=1e-3); got {optimizer!r}")
             request.optimizer.CopyFrom(encode_optimizer(optimizer))
         self._transport.call("ForkParameterSet", request, self._timeout, wait=True)
         client_id = f"worker-{secrets.token_hex(8)}"
@@ -309,6 +312,12 @@ class ParameterSet:
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent
         encode_changes(outgoing.changes)
         return outgoing
+
+
+def _check_version(value: int) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise InvalidArgument(f"expected a version as a whole number of at least 0; got {value!r}")
+    return int(value)
 
 
 def _received(frames: Iterator[Frame[pb.ExportParameterSetResponse]]) -> State:

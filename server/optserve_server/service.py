@@ -11,6 +11,7 @@ import structlog
 
 from optserve import optim
 from optserve._errors import (
+    InvalidArgument,
     InvalidChunk,
     InvalidPolicy,
     InvalidTensor,
@@ -242,6 +243,8 @@ class OptimizerService:
 
     def rewind_parameter_set(self, request: pb.RewindParameterSetRequest) -> pb.RewindParameterSetResponse:
         storage = self._durable()
+        if not request.HasField("version"):
+            raise InvalidArgument("expected the version to go back to; got a request without one")
         with self._storing:
             self._engine.get(request.id)
             rewound = storage.rewind(self._engine, request.id, request.version)
