@@ -1,5 +1,6 @@
 """The server as a process: ports, signals, draining, restarts, the command line."""
 
+import errno
 import json
 import signal
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -19,6 +21,7 @@ from optserve._specification import ParameterSetSpec
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import Config, Server
+from optserve_server.storage import files
 from processes import ServerProcess, optserve_command, running
 from proxy import Proxy
 
@@ -296,6 +299,17 @@ def test_a_step_of_moments_whose_updates_a_restart_lost_is_not_mistaken_for_one_
             proxy.cut()
             with pytest.raises(optserve.OutcomeUnknown, match="its updates were gone"):
                 stepping.result()
+
+
+def test_a_deletion_that_the_disk_does_not_take_is_said(tmp_path: Path) -> None:
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as client:
+        weights = client.create_parameter_set("set", {"x": np.zeros(3)}, optim.SGD(), journal="always")
+        failing = mock.patch.object(files, "rename", side_effect=OSError(errno.EROFS, "Read-only file system"))
+        with failing, pytest.raises(optserve.StorageFailed, match=r"a restart may bring it back.*Read-only"):
+            weights.delete()
+        client.create_parameter_set("set", {"x": np.zeros(3)}, optim.SGD()).delete()
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as again:
+        assert again._engine.list() == []
 
 
 def test_a_deleted_set_stays_deleted(tmp_path: Path) -> None:

@@ -233,7 +233,13 @@ class OptimizerService:
         with self._storing:
             self._engine.delete(request.id)
             if self._storage is not None:
-                self._storage.delete(request.id)
+                try:
+                    self._storage.delete(request.id)
+                except OSError as error:
+                    raise StorageFailed(
+                        f"parameter set {request.id!r} is deleted, but files of it are left, and a restart may bring it back: "
+                        f"{error}. Make the disk writable; then create it again, and delete that"
+                    ) from error
         return pb.DeleteParameterSetResponse()
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:
