@@ -17,7 +17,7 @@ from direct import restored
 from optserve import optim
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import Config, Server
-from optserve_server.storage import files
+from optserve_server.storage import checkpoint, files
 
 ADAM = optim.Adam(lr=0.01)
 
@@ -140,6 +140,19 @@ def test_workers_hear_of_it_once_and_a_push_that_comes_again_is_still_a_duplicat
             other.push(gradients(9))
         assert bits(other.pull()) == versions[4]
         assert other.push(gradients(4)).version == 5
+
+
+def test_it_goes_back_step_by_step_with_as_few_checkpoints_as_can_be(tmp_path: Path) -> None:
+    """Each rewind is a checkpoint; those that it undoes make room for it, not the one before, from which it came."""
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path)) as server, optserve.Client(server.address) as worker:
+        weights = worker.create_parameter_set("run", START, ADAM, journal="always")
+        versions = [bits(weights.pull()), *(bits(weights.step(gradients(step))) for step in range(8))]
+        for version in (7, 5, 4, 1):
+            weights.rewind(version)
+            assert bits(weights.pull()) == versions[version]
+    home = next((tmp_path / "sets").iterdir())
+    assert len(checkpoint.present(home)) == 2
+    assert bits(view(restored(tmp_path))) == versions[1]
 
 
 def test_what_was_acknowledged_since_a_worker_heard_of_the_last_rewind_is_there(worker: optserve.Client) -> None:

@@ -51,6 +51,10 @@ class State:
             for group in resolve(self.spec)
         )
 
+    def is_undone(self, event: int) -> bool:
+        """Whether an event is of a part of history that was rewound."""
+        return any(first <= event <= last for first, last in self.undone)
+
     def entries(self) -> dict[str, dict[str, NDArray[Any]]]:
         """The arenas' elements that are in use, where they lie: by the arena's name, then by the tensor's.
 

@@ -128,7 +128,7 @@ class Keeper:
         except OSError as error:
             raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
         try:
-            self._remove_old()
+            self._remove_old(state)
         except OSError as error:
             log.error("old checkpoints not removed", parameter_set=state.spec.id, reason=str(error))
         self._last_event = state.events
@@ -198,9 +198,12 @@ class Keeper:
         )
         return state
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, state: State) -> None:
+        """Remove what is not kept any more; what was undone does not count, and nothing leads back to it."""
         present = checkpoint.present(self.home)
-        for old in present[self._retention.checkpoints :]:
-            files.remove_directory(old)
-        kept = present[: self._retention.checkpoints]
+        counting = [path for path in present if not state.is_undone(checkpoint.event_of(path))]
+        kept = counting[: self._retention.checkpoints]
+        for old in present:
+            if old not in kept:
+                files.remove_directory(old)
         journal.remove_before(self.home, checkpoint.event_of(kept[-1]))

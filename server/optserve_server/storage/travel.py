@@ -64,7 +64,7 @@ def _base(described: list[tuple[Path, Manifest]], newest: State, version: int | 
     before = [
         (path, each)
         for path, each in described
-        if each.state.position.version <= version and not _is_undone(newest, each.state.events)
+        if each.state.position.version <= version and not newest.is_undone(each.state.events)
     ]
     there = [found for found in before if found[1].state.position.version == version]
     if there and newest.spec.journal is Journal.OFF:
@@ -82,7 +82,7 @@ def _base(described: list[tuple[Path, Manifest]], newest: State, version: int | 
 
 def _repeat_until(home: Path, parameter_set: ParameterSet, newest: State, version: int) -> None:
     for event in journal.read(home, parameter_set.events):
-        if _is_undone(newest, event.number):
+        if newest.is_undone(event.number):
             break
         parameter_set.repeat(event)
         if event.version == version:
@@ -97,7 +97,3 @@ def _is_first(state: State) -> bool:
     """Whether nothing that changes a state has happened since its last update."""
     progress, version = state.progress, state.position.version
     return not (progress.accumulated or progress.skipped or any(each.version == version for each in state.changes))
-
-
-def _is_undone(newest: State, event: int) -> bool:
-    return any(first <= event <= last for first, last in newest.undone)
