@@ -47,7 +47,7 @@ class Config:
             raise ValueError(f"expected listen as host:port, [ipv6]:port or unix:/path; got {self.listen!r}")
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", Path(os.fspath(self.data_dir)))
-        if self.checkpoint_interval <= 0:
+        if not self.checkpoint_interval > 0:
             raise ValueError(f"expected a checkpoint interval above 0 seconds; got {self.checkpoint_interval}")
         if self.checkpoints_kept < 2:
             raise ValueError(f"expected at least 2 checkpoints to be kept; got {self.checkpoints_kept}")
