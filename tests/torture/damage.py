@@ -33,7 +33,7 @@ EXCEPT = ("LOCK", "OWNER")  # which say nothing of sets
 class Victim:
     """What a killed server left of a set, and what the set was after each event, of which the `last` can be had again.
 
-    With `reserve`, the newest checkpoint is damaged already.
+    With `reserve`, the newest checkpoint is damaged already. If it `was_lost`, something is wrong with the server.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Victim:
     prints: Mapping[int, Print]
     last: int
     reserve: bool
+    was_lost: bool
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,19 @@ def victim(kind: str, root: Path, *, reserve: bool) -> Victim:
             machine.checkpoint(kind)
     if SETS[kind]["journal"] is Journal.OFF:
         machine.checkpoint(kind)
-    newest = checkpoint.present(machine.directory.keepers[0].home)[0]
+    newest, *older = checkpoint.present(machine.directory.keepers[0].home)
+    assert older, "expected two checkpoints at least"
     if reserve:
         (newest / MANIFEST).write_bytes(b"")
     machine.die()
+    files = below(root)
     last = max(prints)
     if reserve and SETS[kind]["journal"] is Journal.OFF:
-        last = checkpoint.event_of(checkpoint.present(newest.parent)[1])
-    return Victim(kind, below(root), prints, last, reserve)
+        last = checkpoint.event_of(older[0])
+    again = Machine(root)
+    was_lost = kind not in again.sets() or again.state(kind).events != last
+    again.abandon()
+    return Victim(kind, files, prints, last, reserve, was_lost)
 
 
 def chosen(chance: random.Random, files: Files) -> Damage:
@@ -177,6 +183,8 @@ def damages(count: int, seed: int, directory: Path) -> Counter[str]:
                 for kind in SETS
                 for reserve in (False, True)
             ]
+        for each in victims:
+            assert not each.was_lost, f"{each.kind} can't be had again, though one checkpoint at most is damaged"
         for number in range(count):
             each = victims[number % len(victims)]
             damage = chosen(chance, each.files)
