@@ -99,11 +99,12 @@ def test_what_a_repeated_push_was_is_not_guessed_from_its_sequence(
     first.push(powers(0))
     with (
         Proxy(server.address) as proxy,
-        optserve.Client(proxy.address, transport="stream", timeout=1.0) as client,
+        optserve.Client(proxy.address, transport="stream") as client,
     ):
         again = client.parameter_set(first.id, identity=checkpoint)
         again.pull()
         proxy.swallow_answers()
+        again._session._timeout = 1.0
         with pytest.raises(optserve.OutcomeUnknown):
             again.push(powers(1))
         proxy.cut()

@@ -16,6 +16,7 @@ from optserve._ledger import Ledger
 from optserve._window import Window
 from optserve.v1 import parameter_set_pb2, step_pb2
 from optserve_server import Server
+from optserve_server.engine.history import Stored
 from proxy import Proxy
 from restarts import Restarts
 
@@ -265,13 +266,14 @@ def test_a_worker_that_lost_nothing_is_told_of_lost_versions_unless_it_has_a_win
 def test_a_push_of_unknown_outcome_is_not_sent_again_and_settles_as_not_applied(restarts: Restarts) -> None:
     with (
         Proxy(restarts.address) as proxy,
-        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+        optserve.Client(proxy.address, transport="stream") as client,
     ):
         weights = client.create_parameter_set("a", ZEROS, COUNTING, replay_window_bytes=ENOUGH)
         weights.checkpoint()
         restarts.remember()
         weights.push(powers(0))
         proxy.swallow_answers()
+        weights._session._timeout = 2.0
         with pytest.raises(optserve.OutcomeUnknown):
             weights.push(powers(1))
         restarts.come_back()
@@ -286,7 +288,7 @@ def test_a_push_of_unknown_outcome_is_not_sent_again_and_settles_as_not_applied(
 def test_a_push_that_was_settled_is_sent_again_as_it_was(restarts: Restarts, way: str) -> None:
     with (
         Proxy(restarts.address) as proxy,
-        optserve.Client(proxy.address, timeout=1.0, transport="stream") as client,
+        optserve.Client(proxy.address, transport="stream") as client,
     ):
         weights = client.create_parameter_set("a", ZEROS, COUNTING, replay_window_bytes=ENOUGH, **WAYS[way])
         weights.checkpoint()
@@ -295,6 +297,7 @@ def test_a_push_that_was_settled_is_sent_again_as_it_was(restarts: Restarts, way
         weights.push(gradient)
         proxy.swallow_answers()
         gradient["x"][:] = 2
+        weights._session._timeout = 2.0
         with pytest.raises(optserve.OutcomeUnknown):
             weights.push(gradient)
         proxy.cut()
@@ -331,12 +334,18 @@ def test_receipts_say_what_is_on_stable_storage_and_the_window_keeps_only_the_re
     for sequence in range(1, 4):
         assert weights.push(ONES).durable_sequence == 0
         assert weights._session._window.nbytes == 64 * sequence
-    session = server._engine.get(set_id)._sessions.open(weights.client_id, weights.identity.epoch, None)
-    session.durable_sequence = 2
+    parameter_set, identity = server._engine.get(set_id), weights.identity
+
+    def stored(sequence: int) -> None:
+        """Say that pushes up to one are in a checkpoint."""
+        session = (identity.client_id, identity.epoch, sequence)
+        parameter_set.stored(Stored(sequence, sequence, [session], optserve.Durability.CHECKPOINT))
+
+    stored(2)
     weights._session._disconnect()
     weights.pull()
     assert weights._session._window.nbytes == 64
-    session.durable_sequence = 3
+    stored(3)
     assert weights.push(ONES).durable_sequence == 3
     assert weights._session._window.nbytes == 64
 

@@ -30,7 +30,7 @@ from optserve._specification import (
 )
 from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
-from optserve._wire import Frame, bytes_of, pack
+from optserve._wire import Frame, Progress, bytes_of, noted, pack
 from optserve.formats import BFloat16, Float16, Format
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -80,6 +80,7 @@ class Client:
         push_format: Format | None = None,
         pull_format: BFloat16 | Float16 | None = None,
         replay_window_bytes: int = 0,
+        progress: Progress | None = None,
     ) -> ParameterSet:
         """Create a parameter set from initial values by name: arrays of float32, float64, bfloat16 or float16, or a `Table`.
 
@@ -93,7 +94,7 @@ class Client:
         a crash: what the last checkpoint has ("off"); all but a second of acknowledged pushes, if the machine fails
         ("everysec"); every acknowledged push ("always"); the last two need a server with a data directory. With `exist_ok`,
         attach to an existing set of the same specification, whose values stay as they are. `client_id`, the formats and the
-        replay window are as in `parameter_set`.
+        replay window are as in `parameter_set`. `progress` is called with the number of bytes that were sent so far.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy, InvalidTransform, InvalidState,
         NonFiniteValue, NoDataDirectory, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
@@ -136,7 +137,9 @@ class Client:
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         if outline is not None:
             first.state.CopyFrom(encode_outline(outline, specs))
-        response = self._transport.call("CreateParameterSet", _creation(first, arrays), self._timeout, wait=True)
+        response = self._transport.call(
+            "CreateParameterSet", noted(_creation(first, arrays), progress), self._timeout, wait=True
+        )
         base = decode_position(response.parameter_set.position) if response.created else None
         return self._handle(spec.id, spec.holds, client_id, choice, base, replay_window_bytes=window)
 

@@ -449,6 +449,7 @@ def encode_summary(summary: Summary) -> parameter_set_pb2.ParameterSetSummary:
         tensor_count=summary.tensor_count,
         element_count=summary.element_count,
         state_bytes=summary.state_bytes,
+        journal=_JOURNALS[summary.journal],
     )
     message.create_time.FromDatetime(summary.create_time)
     return message
@@ -465,6 +466,7 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
         element_count=message.element_count,
         state_bytes=message.state_bytes,
         create_time=message.create_time.ToDatetime(datetime.UTC),
+        journal=_decode_journal(message.journal),
     )
 
 

@@ -31,7 +31,7 @@ from optserve._specification import as_arrays, check_set_id
 from optserve._state import State, assembled
 from optserve._transforms import check_loss_scale
 from optserve._transport import Transport
-from optserve._wire import Frame
+from optserve._wire import Frame, Progress, noted
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1 import step_pb2
@@ -215,12 +215,17 @@ class ParameterSet:
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
         return decode_description(response.parameter_set)
 
-    def state(self) -> State:
-        """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`)."""
+    def state(self, *, progress: Progress | None = None) -> State:
+        """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`).
+
+        `progress` is called with the number of bytes that have come so far, which begins again if the connection breaks.
+        """
         request = pb.ExportParameterSetRequest(id=self.id)
-        return retried(
-            lambda left: _received(self._transport.download("ExportParameterSet", request, left)), self._timeout
-        )
+
+        def received(left: float) -> State:
+            return _received(noted(self._transport.download("ExportParameterSet", request, left), progress))
+
+        return retried(received, self._timeout)
 
     def checkpoint(self) -> Position:
         """Write the set to the server's stable storage now; raises NoDataDirectory if the server has none."""

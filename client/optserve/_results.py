@@ -10,7 +10,7 @@ import numpy as np
 
 from optserve._errors import Refusal
 from optserve._rows import RowSparse
-from optserve._specification import Holds, ParameterSetSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec
 from optserve.optim import Group, Optimizer
 from optserve.schedules import Schedule
 
@@ -122,6 +122,7 @@ class Summary:
     element_count: int
     state_bytes: int
     create_time: datetime.datetime
+    journal: Journal
 
     @property
     def version(self) -> int:

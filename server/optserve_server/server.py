@@ -63,8 +63,9 @@ class Server:
             acquired.callback(self._engine.close)
             self._stalls = Stalls(config.upload_timeout)
             acquired.callback(self._stalls.close)
-            self._storage = DataDirectory(config.data_dir, config.retention) if config.data_dir is not None else None
-            if self._storage is not None:
+            self._storage: DataDirectory | None = None
+            if config.data_dir is not None:
+                self._storage = DataDirectory(config.data_dir, config.retention, config.checkpoint_store)
                 acquired.callback(self._storage.close)
             self._service = OptimizerService(
                 self._engine,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
@@ -14,7 +13,6 @@ from optserve._messages import (
     encode_receipt,
     encode_tensors,
 )
-from optserve._results import Receipt
 from optserve._rows import Indices, check_count, decode_rows
 from optserve._specification import check_client_id
 from optserve._wire import Frame, Payload, bytes_of, pack, spread
@@ -97,7 +95,7 @@ class StepStream:
         opened = step_pb2.Opened(
             epoch=session.epoch,
             last_sequence=session.last_sequence,
-            last_receipt=_receipt(session, last_receipt) if last_receipt else None,
+            last_receipt=encode_receipt(last_receipt) if last_receipt else None,
             position=encode_position(self._set.position),
             tensors=encode_tensors(self._set.spec.tensors),
             durable_sequence=session.durable_sequence,
@@ -150,9 +148,9 @@ class StepStream:
         receipt, snapshot = parameter_set.push(session, self, push, pull=together, dtype=dtype, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
         if pull is None or receipt.refused:
-            yield Frame(StepResponse(receipt=_receipt(session, receipt)))
+            yield Frame(StepResponse(receipt=encode_receipt(receipt)))
         else:
-            yield from self._answer(parameter_set, pull, _receipt(session, receipt), snapshot)
+            yield from self._answer(parameter_set, pull, encode_receipt(receipt), snapshot)
 
     def _answer(
         self,
@@ -168,8 +166,9 @@ class StepStream:
         with ExitStack() as reading:
             if snapshot is not None:
                 reading.callback(parameter_set.release, snapshot)
-            position = parameter_set.position
-            if pull.HasField("newer_than") and not position.newer_than(decode_position(pull.newer_than)):
+            if pull.HasField("newer_than") and not (position := parameter_set.position).newer_than(
+                decode_position(pull.newer_than)
+            ):
                 frame.message.parameters.position.CopyFrom(encode_position(position))
                 frame.message.parameters.unchanged = frame.message.end = True
                 yield frame
@@ -243,11 +242,6 @@ class StepStream:
         if self._push is None:
             raise MessageOrder(f"expected `push` first; got `{what}`")
         return self._push
-
-
-def _receipt(session: Session, receipt: Receipt) -> step_pb2.Receipt:
-    """A receipt as it is sent now: it says how far the session is on stable storage by now."""
-    return encode_receipt(replace(receipt, durable_sequence=session.durable_sequence))
 
 
 def _rows(parameter_set: ParameterSet, pull: step_pb2.Pull) -> dict[int, Indices]:

@@ -96,7 +96,6 @@ class Draft:
         self.state = state
         self._shared = shared.entries(state) if shared is not None else {}
         self.path = path_of(home, state.events)
-        self._home = home
         self._temporary = self.path.with_name(self.path.name + files.TEMPORARY)
         if self._temporary.exists():
             files.remove_directory(self._temporary)
@@ -155,27 +154,32 @@ class Draft:
         with File(self._temporary / MANIFEST) as file:
             file.write([manifest.to_bytes(described)])
             file.sync()
-        files.sync_directory(self._temporary)
         fence()
-        if self.path.exists():  # of the same event, damaged
-            files.remove_directory(self.path)
-        files.rename(self._temporary, self.path)
-        files.sync_directory(self._home)
-        try:
-            files.write_file(self._home / CURRENT, self.path.name.encode())
-        except OSError as error:  # for people; each checkpoint is checked by itself
-            log.error("CURRENT does not name the newest checkpoint", path=str(self.path), error=str(error))
+        publish(self._temporary, self.path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Let a directory whose files are synced be a set's newest checkpoint, durably."""
+    files.sync_directory(temporary)
+    if path.exists():  # of the same event, damaged
+        files.remove_directory(path)
+    files.rename(temporary, path)
+    files.sync_directory(path.parent)
+    try:
+        files.write_file(path.parent / CURRENT, path.name.encode())
+    except OSError as error:  # for people; each checkpoint is checked by itself
+        log.error("CURRENT does not name the newest checkpoint", path=str(path), error=str(error))
+
+
+def path_of(home: Path, event: int) -> Path:
+    """Where the checkpoint after an event is."""
+    return home / f"{PREFIX}{event:020d}"
 
 
 def present(home: Path) -> list[Path]:
     """The checkpoints in a set's directory, the one that counts first, then the newest."""
     found = [path for path in home.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=event_of, reverse=True)
-
-
-def path_of(home: Path, event: int) -> Path:
-    """Where the checkpoint after an event is."""
-    return home / f"{PREFIX}{event:020d}"
 
 
 def event_of(path: Path) -> int:

@@ -3,6 +3,7 @@
 LOCK                     locked by the server that uses the directory
 OWNER                    what the last server wrote here that began to use it; who finds another's stops writing
 sets/<hash of id>/       one set, see `checkpoint` and `journal`
+deleted/                 sets whose deletion the store has not seen yet, see `store`
 """
 
 import contextlib
@@ -27,7 +28,9 @@ from optserve_server.storage import checkpoint, files, journal, travel
 from optserve_server.storage.checkpoint import Shadow, Shared
 from optserve_server.storage.files import Pages
 from optserve_server.storage.keeper import Keeper, Retention
+from optserve_server.storage.store import Store, StoreFailedError
 from optserve_server.storage.tensors import Damaged
+from optserve_server.storage.uploads import Uploads
 
 log = structlog.get_logger()
 
@@ -39,7 +42,7 @@ Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
 class DataDirectory:
     """Keeps sets below a path; raises OSError if the path can't be used or another server uses it."""
 
-    def __init__(self, path: Path, retention: Retention | None = None) -> None:
+    def __init__(self, path: Path, retention: Retention | None = None, store: str | None = None) -> None:
         self._path = path
         self._sets = path / "sets"
         files.make_directories(path)
@@ -59,6 +62,15 @@ class DataDirectory:
         self._owner = secrets.token_hex(16).encode()
         files.write_file(path / "OWNER", self._owner)
         files.sync_directory(path)
+        self._store: Store | None = None
+        self._uploads: Uploads | None = None
+        if store is not None:
+            try:
+                self._store = Store(store, path / "deleted", self._retention.checkpoints)
+            except StoreFailedError:
+                self._lock.close()
+                raise
+            self._uploads = Uploads(self._store)
 
     @property
     def keepers(self) -> list[Keeper]:
@@ -86,7 +98,10 @@ class DataDirectory:
             raise
 
     def _keep(self, home: Path, parameter_set: ParameterSet) -> Keeper:
-        keeper = Keeper(home, parameter_set, self._retention, self.check_owner, self._shadow, self._pages)
+        published = self._uploads.offer if self._uploads is not None else lambda path: None
+        keeper = Keeper(
+            home, parameter_set, self._retention, self.check_owner, self._shadow, self._pages, published=published
+        )
         with self._changing:
             self._keepers[parameter_set.spec.id] = keeper
         return keeper
@@ -97,7 +112,12 @@ class DataDirectory:
             self._keeper(set_id).checkpoint(shared)
 
     def restore(self, engine: Engine, progress: Progress = lambda read, total: None) -> None:
-        """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly."""
+        """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly.
+
+        Raises StoreFailedError if there is a store that can't be reached.
+        """
+        if self._store is not None:
+            self._fetch(self._store)
         for condemned in self._sets.glob(f"*{files.CONDEMNED}"):
             shutil.rmtree(condemned)
         homes = []
@@ -118,7 +138,7 @@ class DataDirectory:
 
         for home in homes:
             try:
-                parameter_set = _restored(home, engine, note)
+                parameter_set = self._restored(home, engine, note)
                 self._keep(home, parameter_set)
             except Exception as error:  # one set must not keep a server from the others
                 unexpected = None if isinstance(error, OptserveError | OSError | Damaged) else error
@@ -128,6 +148,8 @@ class DataDirectory:
                 self._kept[home] = str(error) or repr(error)
             else:
                 engine.add(parameter_set)
+                if self._uploads is not None:  # if it is not there yet
+                    self._uploads.offer(checkpoint.present(home)[0])
                 log.info("restored", parameter_set=parameter_set.spec.id, version=parameter_set.position.version)
 
     def earlier(self, engine: Engine, set_id: str, version: int | None) -> tuple[ParameterSet, Shared | None]:
@@ -165,6 +187,8 @@ class DataDirectory:
         with self._changing:
             keeper = self._keepers.get(set_id)
         if keeper is not None:
+            if self._uploads is not None:
+                self._uploads.delete(keeper.home.name)
             keeper.delete()
             with self._changing:
                 del self._keepers[set_id]
@@ -173,7 +197,25 @@ class DataDirectory:
         """Let another server use the directory."""
         for keeper in self.keepers:
             keeper.close()
+        if self._uploads is not None:
+            self._uploads.close()
         self._lock.close()
+
+    def _fetch(self, store: Store) -> None:
+        """Bring the sets of which the store has more than this directory."""
+        store.claim(self._owner)
+        store.catch_up()
+        self._kept |= store.fetch_all(self._sets)
+
+    def _restored(self, home: Path, engine: Engine, note: Callable[[int], None]) -> ParameterSet:
+        """The set that a directory has, or, if that is damaged, the store; raises what `_restored` raises."""
+        try:
+            return _restored(home, engine, note)
+        except Damaged as error:
+            if self._store is None or self._store.fetch(home) is None:
+                raise
+            log.warning("fetched from the checkpoint store", directory=str(home), reason=str(error))
+            return _restored(home, engine, note)
 
     def _keeper(self, set_id: str) -> Keeper:
         with self._changing:

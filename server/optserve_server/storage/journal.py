@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from optserve._errors import StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Event, Stored
-from optserve_server.storage import events, files
+from optserve_server.storage import events as encoding
+from optserve_server.storage import files
 from optserve_server.storage.files import File, Pages
 from optserve_server.storage.tensors import Damaged
 
@@ -32,6 +33,8 @@ log = structlog.get_logger()
 WINDOW = 1.0  # seconds for which an acknowledged event may not be on stable storage, with "everysec"
 GRAIN = 1 << 20  # bytes; segments grow by multiples of it
 PREFIX = "journal-"
+
+Unfinished = Callable[[Path, int], None]  # a segment, and the first event that it does not have whole
 
 _SEGMENT = struct.Struct("<8sQQQ")  # magic, salt, first event, event known to be stored
 _RECORD = struct.Struct(
@@ -87,7 +90,8 @@ class Journal:
         files.sync_directory(home)
         self._begin()
 
-    def append(self, new: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
+        new = list(events)
         with self._changed:
             self._check()
         if self._torn:  # what was written there might be read for what would be next
@@ -222,7 +226,7 @@ class Journal:
             self._new = True  # its name is not synced yet
 
     def _record(self, event: Event) -> list[Any]:
-        encoded, data = events.encode(event)
+        encoded, data = encoding.encode(event)
         checksum = zlib.crc32(encoded, self._checksum)
         size = len(encoded)
         for buffer in data:
@@ -285,18 +289,26 @@ def remove_before(home: Path, event: int) -> None:
             files.remove(path)
 
 
-def read(home: Path, after: int) -> Iterator[Event]:
-    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError."""
+def say_unfinished(path: Path, number: int) -> None:
+    """Say that the end of a segment, from an event on, was passed over."""
+    log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number)
+
+
+def read(home: Path, after: int, unfinished: Unfinished = say_unfinished) -> Iterator[Event]:
+    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError.
+
+    `unfinished` is called for what a crash left.
+    """
     present = segments(home)
     number = after
     for place, (first, path) in enumerate(present):
         if place + 1 < len(present) and present[place + 1][0] <= after + 1:
             continue
-        segment = Segment(path, first)
+        segment = Segment(path, first, unfinished)
         if first > number + 1:
             if segment.known_stored() > number:
                 raise Damaged(f"{path}: expected event {number + 1} before; a later one knew it to be stored")
-            log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number + 1)
+            unfinished(path, number + 1)
             return
         end = present[place + 1][0] if place + 1 < len(present) else None
         for event in segment:
@@ -320,9 +332,10 @@ class Header(NamedTuple):
 class Segment:
     """The events of one segment, read one by one until what a crash left unfinished; raises Damaged or OSError."""
 
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, first: int, unfinished: Unfinished) -> None:
         self._path = path
         self._first = first
+        self._unfinished = unfinished
 
     def __iter__(self) -> Iterator[Event]:
         with self._path.open("rb", buffering=0) as file:
@@ -334,13 +347,13 @@ class Segment:
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
                     break
-                yield events.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
+                yield encoding.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
                 place += _RECORD_SIZE + header.size
                 number += 1
             if self._known_stored(file, place, salt) >= number:
                 raise Damaged(f"{self._path}: event {number} is damaged, or missing; a later one knew it to be stored")
             if any(_read(file, place, _RECORD_SIZE)):
-                log.warning("passed over the unfinished end of a journal", path=str(self._path), first_event=number)
+                self._unfinished(self._path, number)
 
     def known_stored(self) -> int:
         """The last event that anything in the segment knew to be on stable storage."""

@@ -42,12 +42,15 @@ class Keeper:
         fence: Callable[[], None],
         shadow: Shadow,
         pages: Pages,
+        *,
+        published: Callable[[Path], None],
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
         self._retention = retention
         self._shadow = shadow
         self._fence = fence
+        self._published = published
         self._writing = threading.Lock()
         present = checkpoint.present(home)
         self._last_event = checkpoint.event_of(present[0]) if present else -1
@@ -130,6 +133,7 @@ class Keeper:
             log.error("old checkpoints not removed", parameter_set=state.spec.id, reason=str(error))
         self._last_event = state.events
         self.written_at = time.monotonic()
+        self._published(checkpoint.path_of(self.home, state.events))
         self._tell(state, Durability.CHECKPOINT)
 
     def _tell(self, state: State, durability: Durability) -> None:

@@ -30,6 +30,7 @@ _NAMES = {
     for t, name in ((np.float32, "F32"), (np.float64, "F64"), (np.uint16, "U16"), (np.uint8, "U8"), (np.int64, "I64"))
 }
 _ITEMSIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
+_EXPORTED = {"float16": "F16", "bfloat16": "BF16"}  # written, but never read here: NumPy has no bfloat16 of its own
 _RESERVED = "__metadata__"
 
 
@@ -98,7 +99,7 @@ class Writer:
         self._file.cut(self._end)
         self._file.sync()
         return [
-            Entry(name, _NAMES[tensor.dtype], tensor.shape, checksum)
+            Entry(name, _dtype(tensor), tensor.shape, checksum)
             for name, tensor, checksum in zip(self._names, self._tensors, self._checksums, strict=True)
         ]
 
@@ -182,7 +183,7 @@ def _header(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     begin = 0
     for name, tensor in tensors.items():
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _dtype(tensor),
             "shape": list(tensor.shape),
             "data_offsets": [begin, begin + tensor.nbytes],
         }
@@ -190,6 +191,10 @@ def _header(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
     return len(text).to_bytes(8, "little") + text
+
+
+def _dtype(tensor: NDArray[Any]) -> str:
+    return _EXPORTED.get(tensor.dtype.name) or _NAMES[tensor.dtype]
 
 
 def _named(name: str, index: int) -> str:
