@@ -219,7 +219,9 @@ class ParameterSet:
                     group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
             event = Event(self._events + 1, self._position.version, changes=changes)
             self._log.append([event])
+            self._broken = True
             self._change(groups, event.number)
+            self._broken = False
         self._log.wait(event.number)
 
     def _change(self, groups: tuple[TensorGroup, ...], event: int) -> None:
@@ -442,8 +444,9 @@ class ParameterSet:
                     f"expected event {event.number} to be {expected.name} and lead to version {event.version}; it was "
                     f"{outcome.name}, and led to {draft.position.version}"
                 )
-            self._log.append([event])
             after = self._writable(draft)
+            self._log.append([event])
+            self._broken = True
             self._gather(draft, after)
             self._run(draft, after)
             del kept
@@ -451,6 +454,7 @@ class ParameterSet:
             for pushed in event.pushes:
                 session = self._sessions.resume(pushed.client_id, pushed.epoch)
                 session.record(pushed.digest, pushed.receipt, event.number)
+            self._broken = False
 
     def _pushed(self, event: Event, content: Content) -> Push:
         """A push as it came."""
@@ -697,7 +701,7 @@ class ParameterSet:
             raise
         for each in held:
             each.buffer = None
-        self._broken = True  # until what the log has has happened
+        self._broken = True  # until all that the log has has happened: else nothing is ever read from this set again
         if not rounds:
             self._gather(draft, after)
         self._run(draft, after)
@@ -707,6 +711,7 @@ class ParameterSet:
                 commit.session.record(commit.push.digest, receipt, decision.number)
                 self._sessions.touch(commit.session)
                 commit.receipt, commit.event = receipt, decision.number
+        self._broken = False
 
     def _writable(self, draft: Draft) -> Buffer:
         try:
@@ -721,8 +726,7 @@ class ParameterSet:
                 work.run(self._memory(after), self._threads)
 
     def _run(self, draft: Draft, after: Buffer) -> None:
-        """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
-        self._broken = True
+        """Become what the draft says; the caller marks the set as broken until all of it is done."""
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:
             self._buffers.publish(after, draft.updated, draft.position.version)
@@ -731,7 +735,6 @@ class ParameterSet:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._changes.extend(draft.changes)
-        self._broken = False
 
 
 def _joined(data: Sequence[Any]) -> Any:

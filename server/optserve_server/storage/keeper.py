@@ -54,7 +54,9 @@ class Keeper:
         self._writing = threading.Lock()
         present = checkpoint.present(home)
         self._last_event = checkpoint.event_of(present[0]) if present else -1
-        self.written_at = time.monotonic() if present else 0.0  # when the last checkpoint was written
+        # When the last checkpoint was written. What was read from a journal is to be written at once: after a sync that failed,
+        # it may be in the page cache alone, and no later sync would say so.
+        self.written_at = time.monotonic() if present and not self.is_behind else 0.0
         self._journal: Journal | None = None
         if parameter_set.spec.journal is not Setting.OFF:
             position = parameter_set.position
