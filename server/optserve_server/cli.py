@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,8 @@ from rich.table import Table
 
 import optserve
 from optserve import optim
+from optserve._transport import connect
+from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import logs
 from optserve_server.config import Config
 from optserve_server.demo.tuning import LEARNING_RATES
@@ -67,6 +69,15 @@ def serve(
         float, typer.Option(help="Seconds after which an upload that makes no progress is ended.")
     ] = DEFAULT.upload_timeout,
     grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
+    follow: Annotated[
+        str | None, typer.Option(envvar="OPTSERVE_FOLLOW", help="Be a standby of the server at this address.")
+    ] = None,
+    promote_after: Annotated[
+        float | None, typer.Option(help="Seconds without a word of that server after which this one takes over.")
+    ] = None,
+    wait_for_standby: Annotated[
+        bool, typer.Option("--wait-for-standby", help="Acknowledge only what the standby has confirmed.")
+    ] = False,
     log_level: Annotated[
         str, typer.Option(envvar="OPTSERVE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -92,6 +103,9 @@ def serve(
             max_shared_memory=max_shared_memory,
             upload_timeout=upload_timeout,
             grace=grace,
+            follow=follow,
+            promote_after=promote_after,
+            wait_for_standby=wait_for_standby,
         )
         server = Server(config)
     with server:
@@ -202,6 +216,32 @@ def delete(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 10.0
     with _client(address, timeout) as client, client.parameter_set(id) as weights:
         weights.delete()
     print(f"{id}: deleted")
+
+
+@app.command()
+def promote(address: Address = DEFAULT.listen, timeout: Timeout = 300.0) -> None:
+    """Let a standby serve instead of its primary, or a server serve again that stopped because of its standby."""
+    with _reported(optserve.OptserveError), closing(connect(address)) as transport:
+        answer = transport.call("PromoteServer", pb.PromoteServerRequest(), timeout)
+    if not answer.promoted:
+        print(f"{address}: serves already")
+    elif answer.deposed:
+        print(f"{address}: serves now; the former primary has stopped, and this server has all that it had")
+    else:
+        print(f"{address}: serves now; the other server did not answer, and must not serve any more")
+
+
+@app.command()
+def status(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """Show what a server does, and how far a standby is behind."""
+    with _reported(optserve.OptserveError), closing(connect(address)) as transport:
+        answer = transport.call("GetServerStatus", pb.GetServerStatusRequest(), timeout)
+    print(f"{address}: {pb.Phase.Name(answer.phase).removeprefix('PHASE_').lower()}")
+    if answer.primary:
+        promotable = "could be promoted" if answer.promotable else "has not got everything yet"
+        print(f"follows {answer.primary}, {answer.lag:,} events behind; {promotable}")
+    elif answer.standby:
+        print(f"followed by {answer.standby}, {answer.lag:,} events behind")
 
 
 @app.command()
