@@ -134,7 +134,6 @@ class Primary:
     def release(self) -> None:
         """The standby will not promote itself any more."""
         if self._lease.granted:
-            self._lease.end()
             self.become(Role.ALONE)
 
     def depose(self, address: str) -> None:
@@ -162,12 +161,9 @@ class Primary:
         """Serve though the standby may, or does: who asks for it knows that it does not. Whether this server did not before."""
         if not self.deposed and not self.lapsed:
             return False
+        for parameter_set in self._engine.list():
+            parameter_set.reinstate()
         self.become(Role.ALONE)
-        self._lease.end()
-        if self.deposed:
-            for parameter_set in self._engine.list():
-                parameter_set.reinstate()
-        self._deposed_by = None
         self._changed()
         return True
 
@@ -176,6 +172,9 @@ class Primary:
         with self._lock:
             self._standing = replace(self._standing, role=role, peer=peer, address=address, seconds=seconds)
             standing.write(self._directory.path, self._standing)
+        self._deposed_by = address if role is Role.DEPOSED else None
+        if role is not Role.LEASED:
+            self._lease.end()
 
     def _admit(self, following: "Following") -> None:
         hello = following.hello
