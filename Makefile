@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test mutants check bench format generate clean
+.PHONY: demo test mutants torture wrong check bench format generate clean
 
 demo: .venv/demo  ## train on handwritten digits over gRPC, with 4 worker processes
 	$(BIN)/optserve demo
@@ -12,6 +12,13 @@ test: .venv/dev  ## the whole test suite, in two processes
 
 mutants: .venv/dev  ## change every expression of the rules, one at a time: do the tests see it? takes ten minutes
 	$(BIN)/python tests/mutants.py
+
+torture: .venv/dev  ## kill a server 1000 times under load, drop 10000 acknowledgements: a quarter of an hour
+	$(BIN)/python -m tests.torture.kills
+	$(BIN)/python -m tests.torture.dropped_acks
+
+wrong: .venv/dev  ## servers and workers that are wrong on purpose: do the checks see it?
+	$(BIN)/python -m tests.torture.wrong
 
 check: .venv/dev  ## lint, types, generated code
 	$(BIN)/ruff check .

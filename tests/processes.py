@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def optserve_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line that users type, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "optserve_server", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
 class ServerProcess:
     """`optserve serve` in a process of its own."""
 

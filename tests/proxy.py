@@ -12,13 +12,17 @@ class Proxy:
     """Forwards connections to a server at `host:port`.
 
     `swallow_answers()` drops what the server sends from now on; `cut()` breaks every connection and forwards again.
-    `limit` asks, for each new connection, how many bytes it may carry before it breaks.
+    `limit` asks, for each new connection, how many bytes it may carry before it breaks; `answers`, how many messages of the
+    server's it may carry: the next one is dropped, which is counted in `dropped`, and the connection breaks.
     """
 
-    def __init__(self, target: str, limit: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, target: str, limit: Callable[[], int] | None = None, answers: Callable[[], int] | None = None
+    ) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._limit = limit
+        self._answers = answers
         self._swallowing = False
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -26,6 +30,7 @@ class Proxy:
         self._threads = [self._start(self._accept)]
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
+        self.dropped = 0
 
     def swallow_answers(self) -> None:
         """Drop every byte from the server until `cut`."""
@@ -68,24 +73,41 @@ class Proxy:
             except OSError:  # the server is not there now, as after a restart
                 client.close()
                 continue
+            for each in (client, server):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # else small messages wait for 40 ms
             self.connections += 1
             budget = Budget(self._limit() if self._limit else None)
+            messages = Messages(self._answers()) if self._answers else None
             with self._lock:
                 self._sockets |= {client, server}
-            for source, sink, answers in ((client, server, False), (server, client, True)):
-                pump = functools.partial(self._pump, source, sink, answers, budget)
-                self._threads.append(self._start(pump))
+            self._threads.append(self._start(functools.partial(self._pump, client, server, budget)))
+            self._threads.append(self._start(functools.partial(self._pump_answers, server, client, budget, messages)))
 
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool, budget: "Budget") -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, budget: "Budget") -> None:
         try:
-            while data := source.recv(1 << 16):
-                data = budget.take(data)
-                if not data:
-                    break
-                if not (answers and self._swallowing):
+            while (data := source.recv(1 << 16)) and (data := budget.take(data)):
+                sink.sendall(data)
+        except OSError:
+            pass
+        self._end(source, sink)
+
+    def _pump_answers(
+        self, source: socket.socket, sink: socket.socket, budget: "Budget", messages: "Messages | None"
+    ) -> None:
+        try:
+            while (data := source.recv(1 << 16)) and (data := budget.take(data)):
+                if messages is not None:
+                    data = messages.take(data)
+                    if messages.exhausted:
+                        self.dropped += 1
+                        break
+                if not self._swallowing:
                     sink.sendall(data)
         except OSError:
             pass
+        self._end(source, sink)
+
+    def _end(self, source: socket.socket, sink: socket.socket) -> None:
         _break(source)
         _break(sink)
         with self._lock:
@@ -109,6 +131,35 @@ class Budget:
             passed = data[: self._left]
             self._left -= len(passed)
             return passed
+
+
+class Messages:
+    """How many small gRPC messages a connection may still bring from the server: each is a DATA frame of HTTP/2.
+
+    Reference: RFC 9113, section 4.1 (frames: a length of 3 bytes, a type, 5 more bytes, a payload of that length).
+    """
+
+    HEADER, DATA = 9, 0
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._pending = b""
+        self.exhausted = False
+
+    def take(self, data: bytes) -> bytes:
+        """The whole frames that may pass now; `exhausted` once one of them would be a message too many."""
+        self._pending += data
+        end = 0
+        while (begin := end + self.HEADER) <= len(self._pending):
+            size = int.from_bytes(self._pending[end : end + 3])
+            if begin + size > len(self._pending):
+                break
+            if self._pending[end + 3] == self.DATA:
+                self.exhausted |= self._left == 0
+                self._left -= 1
+            end = begin + size
+        passed, self._pending = self._pending[:end], self._pending[end:]
+        return passed
 
 
 def _break(each: socket.socket) -> None:

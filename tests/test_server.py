@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +19,11 @@ from optserve._specification import ParameterSetSpec
 from optserve._wire import Frame
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve_server import Config, Server
-from processes import ServerProcess, running
+from processes import ServerProcess, optserve_command, running
 from proxy import Proxy
 
 ONES = {"x": np.ones(3, np.float32)}
 START = {"x": np.zeros(3, np.float32)}
-
-
-def optserve_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "optserve_server", *arguments], capture_output=True, text=True, timeout=60
-    )
 
 
 def test_a_free_port_is_taken_on_request_and_loopback_is_the_default() -> None:

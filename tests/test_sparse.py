@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import optserve
 from optserve import Constant, Normal, RowSparse, Sync, Table, Transforms, Uniform, optim
+from optserve._exchange import Exchange, OutgoingPush
 from optserve._messages import decode_spec, encode_spec
-from optserve._session import Exchange, OutgoingPush
 from optserve._specification import ParameterSetSpec, TensorSpec
 from optserve_server import Config, Server
 from optserve_server.engine import tables, threads
@@ -289,7 +289,7 @@ def test_values_need_a_row_each() -> None:
 def test_a_push_that_comes_again_with_other_rows_is_not_the_same(memory_client: optserve.Client, new_id: NewId) -> None:
     with memory_client.create_parameter_set(new_id(), {"e": embedding()}, optim.SGD(lr=1.0)) as weights:
         weights.push({"e": RowSparse([1], np.ones((1, WIDTH)))})
-        weights._session._last_sequence = 0
+        weights._session._ledger.sequence = 0
         again = OutgoingPush({"e": np.ones((1, WIDTH))}, {}, {}, rows={"e": np.array([2])})
         with pytest.raises(optserve.SequenceReused):
             weights._session._until_done(Exchange(again, None))

@@ -43,6 +43,7 @@ from optserve._errors import (
     UnknownRule,
     VersionNotKept,
 )
+from optserve._identity import Identity
 from optserve._parameter_set import ParameterSet
 from optserve._policies import Async, Policy, Sync
 from optserve._results import (
@@ -92,6 +93,7 @@ __all__ = [
     "GroupDescription",
     "HistoryChanged",
     "Holds",
+    "Identity",
     "InvalidArgument",
     "InvalidChunk",
     "InvalidFormat",

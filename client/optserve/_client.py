@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
+from optserve._failover import connect_all
+from optserve._identity import Identity
 from optserve._messages import decode_holds, decode_position, decode_summary, encode_outline, encode_spec
 from optserve._parameter_set import ParameterSet
 from optserve._policies import ASYNC, Policy
@@ -28,8 +30,7 @@ from optserve._specification import (
 )
 from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
-from optserve._transport import connect
-from optserve._wire import Frame, bytes_of, pack
+from optserve._wire import Frame, Progress, bytes_of, noted, pack
 from optserve.formats import BFloat16, Float16, Format
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
@@ -40,19 +41,23 @@ DEFAULT_TIMEOUT = 120.0  # seconds; long enough for a server to restart
 class Client:
     """A connection to a server at `host:port` or `unix:/path`, or to an engine in this process at `:memory:`.
 
+    Of several addresses, in a sequence or with commas between them, calls go to the server that serves: to the next one while
+    one can't be reached, is draining, restoring, or a standby.
+
     `timeout`, in seconds, bounds every call, including the attempts after a lost connection. `transport` is how tensors
     travel: "shared_memory", which needs a server on this host that runs as the same user, "stream", or "auto" for the first
     of these that can be had. Threads may share a client.
     """
 
-    def __init__(self, address: str, *, timeout: float = DEFAULT_TIMEOUT, transport: str = "auto") -> None:
+    def __init__(
+        self, address: str | Sequence[str], *, timeout: float = DEFAULT_TIMEOUT, transport: str = "auto"
+    ) -> None:
         if transport not in {each.value for each in Via}:
             raise InvalidArgument(f"expected transport to be 'auto', 'stream' or 'shared_memory'; got {transport!r}")
         self._via = Via(transport)
-        self._transport = connect(address)
+        self._transport, self.address = connect_all(address)
         self._timeout = timeout
         self._handles: weakref.WeakSet[ParameterSet] = weakref.WeakSet()
-        self.address = address
 
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
@@ -74,6 +79,8 @@ class Client:
         client_id: str | None = None,
         push_format: Format | None = None,
         pull_format: BFloat16 | Float16 | None = None,
+        replay_window_bytes: int = 0,
+        progress: Progress | None = None,
     ) -> ParameterSet:
         """Create a parameter set from initial values by name: arrays of float32, float64, bfloat16 or float16, or a `Table`.
 
@@ -86,13 +93,14 @@ class Client:
         averages of gradients and of their squares in 2 bytes an element, or in about 1. `journal` says what of a push survives
         a crash: what the last checkpoint has ("off"); all but a second of acknowledged pushes, if the machine fails
         ("everysec"); every acknowledged push ("always"); the last two need a server with a data directory. With `exist_ok`,
-        attach to an existing set of the same specification, whose values stay as they are. `client_id` and the formats are as
-        in `parameter_set`.
+        attach to an existing set of the same specification, whose values stay as they are. `client_id`, the formats and the
+        replay window are as in `parameter_set`. `progress` is called with the number of bytes that were sent so far.
 
         Raises InvalidName, InvalidTensor, InvalidGroup, InvalidHyperparameter, InvalidPolicy, InvalidTransform, InvalidState,
         NonFiniteValue, NoDataDirectory, ParameterSetExists, or with `exist_ok` SpecificationMismatch.
         """
         choice, holds = Choice(self._via, push_format, pull_format), Holds(holds)
+        window = _check_window(replay_window_bytes)
         outline, initial = None, dict[str, Initial]()
         if isinstance(parameters, State):
             if optimizer is not None or groups:
@@ -129,28 +137,45 @@ class Client:
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         if outline is not None:
             first.state.CopyFrom(encode_outline(outline, specs))
-        response = self._transport.call("CreateParameterSet", _creation(first, arrays), self._timeout, wait=True)
+        response = self._transport.call(
+            "CreateParameterSet", noted(_creation(first, arrays), progress), self._timeout, wait=True
+        )
         base = decode_position(response.parameter_set.position) if response.created else None
-        return self._handle(spec.id, spec.holds, client_id, choice, base)
+        return self._handle(spec.id, spec.holds, client_id, choice, base, replay_window_bytes=window)
 
     def parameter_set(
         self,
         id: str,
         *,
         client_id: str | None = None,
+        identity: Identity | None = None,
         push_format: Format | None = None,
         pull_format: BFloat16 | Float16 | None = None,
+        replay_window_bytes: int = 0,
     ) -> ParameterSet:
         """A handle on an existing parameter set; raises ParameterSetNotFound or InvalidFormat.
 
         `client_id` names the worker, unique among all; by default it is random. A worker that starts again under the same
         name takes over from the one before. `push_format` and `pull_format`, from `optserve.formats`, are how this worker's
         gradients and parameters travel if not as they are; with a format they go over the stream, not through shared memory.
+
+        With an `identity`, which `ParameterSet.identity` was before, the worker goes on where that was. A push that it repeats
+        is not applied again: its receipt is the first one, of which the server keeps 16, and a step has the parameters of now.
+        It raises SequenceReused if it is not of the same bytes.
+
+        `replay_window_bytes` bounds copies, of which each push makes one, that the handle keeps until the server says that they
+        are on stable storage. If the server comes back from an older state, the handle sends again what it lost of this
+        worker's pushes, logs that, and goes on. It raises RolledBack only if some are not in the window any more, or if the set
+        was rewound.
         """
-        choice = Choice(self._via, push_format, pull_format)
+        choice, window = Choice(self._via, push_format, pull_format), _check_window(replay_window_bytes)
+        if identity is not None and client_id not in (None, identity.client_id):
+            raise InvalidArgument(f"expected the identity of client {client_id!r}; got that of {identity.client_id!r}")
+        client_id = identity.client_id if identity is not None else client_id
         request = pb.GetParameterSetRequest(id=check_set_id(id))
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
-        return self._handle(id, decode_holds(response.parameter_set.spec.holds), client_id, choice)
+        holds = decode_holds(response.parameter_set.spec.holds)
+        return self._handle(id, holds, client_id, choice, identity=identity, replay_window_bytes=window)
 
     def list_parameter_sets(self) -> list[Summary]:
         """All parameter sets on the server, ordered by id."""
@@ -171,15 +196,37 @@ class Client:
         self.close()
 
     def _handle(
-        self, set_id: str, holds: Holds, client_id: str | None, choice: Choice, base: Position | None = None
+        self,
+        set_id: str,
+        holds: Holds,
+        client_id: str | None,
+        choice: Choice,
+        base: Position | None = None,
+        *,
+        identity: Identity | None = None,
+        replay_window_bytes: int,
     ) -> ParameterSet:
         client_id = check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}"
         moments_only = holds is Holds.MOMENTS
         handle = ParameterSet(
-            self._transport, set_id, client_id, self._timeout, choice=choice, moments_only=moments_only, base=base
+            self._transport,
+            set_id,
+            client_id,
+            self._timeout,
+            choice=choice,
+            moments_only=moments_only,
+            base=base,
+            identity=identity,
+            replay_window_bytes=replay_window_bytes,
         )
         self._handles.add(handle)
         return handle
+
+
+def _check_window(nbytes: int) -> int:
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 0:
+        raise InvalidArgument(f"expected replay_window_bytes to be a whole number of at least 0; got {nbytes!r}")
+    return nbytes
 
 
 def _table_spec(name: str, table: Table) -> TensorSpec:

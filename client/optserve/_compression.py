@@ -34,7 +34,7 @@ class Compressor:
 
 @dataclass(eq=False)
 class CompressedPush:
-    """The payloads of one push, made when they are first sent; what it leaves unsaid counts once it is `applied`."""
+    """The payloads of one push, made when they are first sent; what it leaves unsaid counts once it is taken in."""
 
     compressor: Compressor
     gradients: Arrays
@@ -54,12 +54,21 @@ class CompressedPush:
             yield self._made[sent]
             sent += 1
 
-    def applied(self) -> None:
-        """The server has taken the push in."""
-        for name, residual in self._residuals.items():
+    @property
+    def nbytes(self) -> int:
+        """Size of all payloads, until the push is `decided`."""
+        size = self.compressor.format.encoded_size
+        return sum(
+            size(piece.stop - piece.start) for each in self.gradients.values() for piece in self._pieces(each.size)
+        )
+
+    def decided(self, *, taken: bool) -> None:
+        """The server has all of the push, and took it in or refused it; the gradients are not needed any more."""
+        for name, residual in self._residuals.items() if taken else ():
             self.compressor.spares[name] = self.compressor.residuals[name]
             self.compressor.residuals[name] = residual
         self._residuals = {}
+        self.gradients = {}
 
     def _make(self) -> Iterator[Payload]:
         runs: list[Run] = []
@@ -84,12 +93,15 @@ class CompressedPush:
         if encoder.format.error_feedback:
             old = _kept(self.compressor.residuals, name, values.size)
             new = self._residuals[name] = _kept(self.compressor.spares, name, values.size)
-        step = max(1, CHUNK_BYTES // size(BLOCK)) * BLOCK
-        for begin in range(0, values.size, step):
-            piece = slice(begin, min(begin + step, values.size))
-            out = np.empty(size(piece.stop - begin), np.uint8)
+        for piece in self._pieces(values.size):
+            out = np.empty(size(piece.stop - piece.start), np.uint8)
             encoder.encode(values[piece], None if old is None else old[piece], None if new is None else new[piece], out)
-            yield Run(index, begin, piece.stop - begin), out.data
+            yield Run(index, piece.start, piece.stop - piece.start), out.data
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        """Elements in whole blocks that fit a chunk."""
+        step = max(1, CHUNK_BYTES // self.compressor.format.encoded_size(BLOCK)) * BLOCK
+        return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
 
 
 def _kept(arrays: dict[str, Floats], name: str, size: int) -> Floats:

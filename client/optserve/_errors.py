@@ -32,7 +32,7 @@ OptserveError
 │   ├── ServerDraining             the server is about to stop and took nothing in; the SDK tries again
 │   ├── HistoryChanged             the set was rewound just now; the SDK connects to it again
 │   └── StorageFailed              the server's disk refused; nothing is acknowledged that is not there
-├── RolledBack                     the server came back without pushes that it had acknowledged
+├── RolledBack                     the set stands at an older state than its worker knew
 ├── OutcomeUnknown                 a push was sent, its receipt never came
 ├── DeadlineExceeded
 ├── ClientClosed
@@ -218,12 +218,17 @@ class StorageFailed(ServerUnavailable):
 
 
 class RolledBack(OptserveError):
-    """The server came back from an older state: pushes that it had acknowledged from memory are lost.
+    """The set stands at an older state than this handle knew: updates that it had seen, or its own pushes, are gone.
 
-    The handle goes on from that state; decide whether to repeat what was lost.
+    The server came back from an older state, or somebody rewound the set. `to` is the version that it stands at, None if that
+    is not known. The handle goes on from there; decide whether to repeat what was lost.
     """
 
     code = "DATA_LOSS"
+
+    def __init__(self, message: str, to: int | None = None) -> None:
+        super().__init__(message)
+        self.to = to
 
 
 class OutcomeUnknown(OptserveError):

@@ -32,7 +32,7 @@ BUFFER_BYTES = 64 << 10
 
 
 class LocalChannel:
-    """A Step stream; raises NoSharedMemory if the server can't be reached so, ServerUnavailable if it has ended it."""
+    """A Step stream; raises NoSharedMemory if the server can't be reached so, ServerUnavailable if it has ended it or died."""
 
     def __init__(self, offer: step_pb2.SharedMemory, beside: Stream, timeout: float) -> None:
         self._address = offer.socket
@@ -41,7 +41,11 @@ class LocalChannel:
         self._incoming = reader(self._connection)
         # Nobody may hold this any more and never have closed it.
         self._end = weakref.finalize(self, _end, self._connection, self._incoming, beside)
-        if not self._incoming.read(1):
+        try:
+            begun = self._incoming.read(1)
+        except OSError as error:  # it is gone, or does not answer
+            raise ServerUnavailable(f"{self._address}: {error}") from None
+        if not begun:
             raise ServerUnavailable(f"{self._address} closed the connection: this stream has ended")
 
     def send(self, frames: Iterable[Frame[StepRequest]]) -> None:

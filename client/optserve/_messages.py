@@ -326,6 +326,7 @@ def encode_receipt(receipt: Receipt) -> step_pb2.Receipt:
         gradient_norm=receipt.gradient_norm,
         learning_rates=receipt.learning_rates,
         durability=_DURABILITY[receipt.durability],
+        durable_sequence=receipt.durable_sequence,
     )
     if refusal := receipt.refusal:
         message.refusal.CopyFrom(encode_refusal(refusal))
@@ -344,6 +345,7 @@ def decode_receipt(message: step_pb2.Receipt) -> Receipt:
         learning_rates=dict(message.learning_rates),
         durability=Durability(message.durability or Durability.MEMORY),
         refusal=decode_refusal(message.refusal) if message.HasField("refusal") else None,
+        durable_sequence=message.durable_sequence,
     )
 
 
@@ -447,6 +449,7 @@ def encode_summary(summary: Summary) -> parameter_set_pb2.ParameterSetSummary:
         tensor_count=summary.tensor_count,
         element_count=summary.element_count,
         state_bytes=summary.state_bytes,
+        journal=_JOURNALS[summary.journal],
     )
     message.create_time.FromDatetime(summary.create_time)
     return message
@@ -463,6 +466,7 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
         element_count=message.element_count,
         state_bytes=message.state_bytes,
         create_time=message.create_time.ToDatetime(datetime.UTC),
+        journal=_decode_journal(message.journal),
     )
 
 

@@ -12,6 +12,8 @@ from optserve._carriers import Chunks
 from optserve._choice import Choice
 from optserve._compression import Compressor
 from optserve._errors import InvalidFormat, OutcomeUnknown, TensorMismatch
+from optserve._exchange import OutgoingPull, OutgoingPush
+from optserve._identity import Identity
 from optserve._messages import (
     decode_description,
     decode_group_states,
@@ -24,12 +26,12 @@ from optserve._messages import (
 from optserve._results import Description, Parameters, Position, Receipt
 from optserve._retry import retried
 from optserve._rows import RowSparse, as_indices, as_mapping, check_count, split
-from optserve._session import OutgoingPull, OutgoingPush, Session
+from optserve._session import Session
 from optserve._specification import as_arrays, check_set_id
 from optserve._state import State, assembled
 from optserve._transforms import check_loss_scale
 from optserve._transport import Transport
-from optserve._wire import Frame
+from optserve._wire import Frame, Progress, noted
 from optserve.optim import Group, Optimizer
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1 import step_pb2
@@ -42,7 +44,8 @@ class ParameterSet:
 
     Get one from `Client.create_parameter_set` or `Client.parameter_set`. Threads may share it; their calls take turns. Every
     call raises ParameterSetNotFound once the set is deleted, ServerUnavailable or DeadlineExceeded if the client's timeout
-    passes, and ClientClosed after `close`.
+    passes, RolledBack, once, if the set has gone back to an older state, SessionSuperseded if another handle has taken over
+    under this client id, and ClientClosed after `close`.
     """
 
     def __init__(
@@ -55,11 +58,23 @@ class ParameterSet:
         choice: Choice,
         moments_only: bool,
         base: Position | None = None,
+        identity: Identity | None = None,
+        replay_window_bytes: int = 0,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
         self._choice = choice
-        self._session = Session(transport, set_id, client_id, timeout, choice, base, moments_only=moments_only)
+        self._session = Session(
+            transport,
+            set_id,
+            client_id,
+            timeout,
+            choice,
+            base,
+            moments_only=moments_only,
+            identity=identity,
+            replay_window_bytes=replay_window_bytes,
+        )
         self._compressor = Compressor(choice.push_format) if choice.push_format is not None else None
         self._moments_only = moments_only
         self.id = set_id
@@ -67,6 +82,14 @@ class ParameterSet:
 
     def __repr__(self) -> str:
         return f"ParameterSet({self.id!r})"
+
+    @property
+    def identity(self) -> Identity:
+        """Who this worker is and how far its pushes are, for `Client.parameter_set` to go on from in another process.
+
+        Save it with the worker's own checkpoint. Asks the server if this handle has not been used yet.
+        """
+        return self._session.identity()
 
     def step(
         self,
@@ -112,7 +135,8 @@ class ParameterSet:
         A tensor without a gradient is left alone; so are the other rows of one whose gradient is a `RowSparse`. `parameters`
         are the caller's current ones, for weight decay in a set that holds moments only. `hyperparameters`, by group and name,
         change with this push and stay changed: `{"default": {"lr": 1e-4}}`; what follows a schedule takes no other value from
-        a push. `loss_scale` is what the loss was multiplied by; the server divides gradients by it.
+        a push. `loss_scale` is what the loss was multiplied by; the server divides gradients by it. Arrays are sent from where
+        they are, more than once if the connection breaks: they must not change until this returns.
 
         Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
         which case nothing changed; OutcomeUnknown if no receipt came in time. With transforms, a push may also be accumulated
@@ -169,7 +193,8 @@ class ParameterSet:
     def settle(self) -> Receipt | None:
         """What became of the push for which OutcomeUnknown was raised: its receipt, or None if it was not applied.
 
-        Raises OutcomeUnknown if the server has forgotten, RolledBack if it came back from an older state.
+        Raises OutcomeUnknown if the server has forgotten, or another handle has taken over; RolledBack if the server came back
+        from an older state, after which it may be asked again.
         """
         return self._session.settle()
 
@@ -190,12 +215,17 @@ class ParameterSet:
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
         return decode_description(response.parameter_set)
 
-    def state(self) -> State:
-        """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`)."""
+    def state(self, *, progress: Progress | None = None) -> State:
+        """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`).
+
+        `progress` is called with the number of bytes that have come so far, which begins again if the connection breaks.
+        """
         request = pb.ExportParameterSetRequest(id=self.id)
-        return retried(
-            lambda left: _received(self._transport.download("ExportParameterSet", request, left)), self._timeout
-        )
+
+        def received(left: float) -> State:
+            return _received(noted(self._transport.download("ExportParameterSet", request, left), progress))
+
+        return retried(received, self._timeout)
 
     def checkpoint(self) -> Position:
         """Write the set to the server's stable storage now; raises NoDataDirectory if the server has none."""
@@ -211,7 +241,9 @@ class ParameterSet:
         """
         request = pb.RewindParameterSetRequest(id=self.id, version=version)
         response = self._transport.call("RewindParameterSet", request, self._timeout, wait=True)
-        return decode_position(response.position)
+        position = decode_position(response.position)
+        self._session.rewound(position, response.rewinds)
+        return position
 
     def fork(self, id: str, version: int | None = None, optimizer: Optimizer | None = None) -> "ParameterSet":
         """Create a set from what this one is, or was at an earlier version, bit for bit.

@@ -10,7 +10,7 @@ import numpy as np
 
 from optserve._errors import Refusal
 from optserve._rows import RowSparse
-from optserve._specification import Holds, ParameterSetSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec
 from optserve.optim import Group, Optimizer
 from optserve.schedules import Schedule
 
@@ -56,7 +56,7 @@ class Receipt:
     `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, divided
     by the loss scale, before any other change to them, and NaN in a set without a guard; `learning_rates` holds the one used,
     by group; `duplicate` marks the first receipt of a push that came again; `refusal` is why a push was refused (the SDK raises
-    it as an error) or skipped.
+    it as an error) or skipped. Pushes of this worker up to `durable_sequence` were on stable storage when this was sent.
     """
 
     sequence: int
@@ -68,6 +68,7 @@ class Receipt:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     durability: Durability = Durability.MEMORY
     refusal: Refusal | None = None
+    durable_sequence: int = 0
 
     @property
     def version(self) -> int:
@@ -121,6 +122,7 @@ class Summary:
     element_count: int
     state_bytes: int
     create_time: datetime.datetime
+    journal: Journal
 
     @property
     def version(self) -> int:

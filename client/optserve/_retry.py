@@ -9,6 +9,7 @@ from optserve._errors import OptserveError, ServerBusy
 
 FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 10.0
+MOST_DOUBLINGS = 10  # 50 ms are then more than the longest pause, however many attempts follow
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class Retry:
 
     def pause(self, error: OptserveError) -> bool:
         """Sleep before another attempt after an error; False if there is no time for one."""
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._attempts)
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._attempts, MOST_DOUBLINGS))
         self._attempts += 1
         pause = random.uniform(0.0, longest) + (error.retry_after if isinstance(error, ServerBusy) else 0.0)
         if pause >= self.remaining:

@@ -5,9 +5,10 @@ and with what receipt, so a push whose answer was lost is settled without sendin
 """
 
 import functools
+import logging
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,11 @@ from optserve._errors import (
     ServerDraining,
     ServerError,
     ServerUnavailable,
+    SessionSuperseded,
 )
+from optserve._exchange import Declared, Exchange, OutgoingPull, OutgoingPush
+from optserve._identity import Identity
+from optserve._ledger import Ledger
 from optserve._local_channel import LocalChannel
 from optserve._messages import (
     decode_position,
@@ -40,95 +45,23 @@ from optserve._messages import (
 )
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
-from optserve._rows import Indices, encode_rows
+from optserve._rows import encode_rows
 from optserve._shared_memory import WORTHWHILE, Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
+from optserve._window import KeptPush, Window
 from optserve._wire import Frame, spread
-from optserve.formats import Format
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None, bytes | None]]
-
-
-@dataclass(frozen=True)
-class OutgoingPush:
-    """What a worker pushes: C-contiguous arrays by name, and hyperparameters that change with it, by group.
-
-    `rows` says of which rows some gradients are.
-    """
-
-    gradients: Arrays
-    parameters: Arrays
-    changes: Mapping[str, Mapping[str, Any]]
-    compressed: CompressedPush | None = None
-    loss_scale: float = 1.0
-    rows: Mapping[str, Indices] = field(default_factory=dict)
-
-    @functools.cached_property
-    def declared(self) -> Declared:
-        """Specification, role, format and rows of every array, in the order in which they are sent; raises InvalidTensor."""
-        format = self.compressed.compressor.format if self.compressed is not None else None
-        return [
-            *(
-                (
-                    TensorSpec.of(name, array),
-                    step_pb2.ROLE_GRADIENT,
-                    format,
-                    self._encoded_rows(name),
-                )
-                for name, array in self.gradients.items()
-            ),
-            *(
-                (TensorSpec.of(name, array), step_pb2.ROLE_PARAMETER, None, None)
-                for name, array in self.parameters.items()
-            ),
-        ]
-
-    def _encoded_rows(self, name: str) -> bytes | None:
-        return encode_rows(self.rows[name]) if name in self.rows else None
-
-
-@dataclass(frozen=True, slots=True)
-class OutgoingPull:
-    """What a worker asks for: tensors in order (none: all), and from which position on (None: any).
-
-    Without `copy`, arrays may lie in shared memory and are valid until the next push or pull. With `evaluation`, it asks for
-    the parameters to evaluate; with `rows`, for some rows of tensors.
-    """
-
-    tensors: tuple[str, ...] = ()
-    newer_than: Position | None = None
-    copy: bool = True
-    evaluation: bool = False
-    rows: Mapping[str, Indices] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Exchange:
-    """A push, a pull, or both, and how far they have got over all attempts.
-
-    `sequence` is the push's, once it has one; `sent` says that some attempt may have got it through.
-    """
-
-    push: OutgoingPush | None
-    pull: OutgoingPull | None
-    sequence: int | None = None
-    sent: bool = False
-    receipt: Receipt | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Whether the push was refused; a pull that came with it is then not answered."""
-        return self.receipt is not None and self.receipt.refused
+log = logging.getLogger("optserve")
 
 
 class Session:
     """The identity (set, client, epoch, sequence) and the stream that carries it. One call at a time; others wait.
 
-    `base` is where the parameters come from that the worker has, None before it has any.
+    `base` is where the parameters come from that the worker has, None before it has any. With an `identity` of the same
+    client, the session of an earlier process goes on.
     """
 
     def __init__(
@@ -141,6 +74,8 @@ class Session:
         base: Position | None = None,
         *,
         moments_only: bool = False,
+        identity: Identity | None = None,
+        replay_window_bytes: int = 0,
     ) -> None:
         self._transport = transport
         self._set_id = set_id
@@ -152,13 +87,10 @@ class Session:
         self._closed = False
         self._stream: Stream | None = None
         self._declared: Declared | None = None  # on this stream
-        self._epoch = 0
-        self._last_sequence = 0
-        self._last_receipt: Receipt | None = None
-        self._unsettled: tuple[int, int] | None = None  # epoch and sequence of a push that was given up
-        self._uncertain: CompressedPush | None = None  # that push, if it will have left something unsaid
+        self._window = Window(replay_window_bytes)
+        self._ledger = Ledger(set_id, base, identity, self._window)
+        self._uncertain: CompressedPush | None = None  # the unsettled push, if it will have left something unsaid
         self._base = base
-        self._latest = base  # position that the server last spoke of
         self._tensors: tuple[TensorSpec, ...] = ()
         self._buffers = Buffers()
         self._carrier: Chunks | None = None  # of this stream
@@ -171,8 +103,6 @@ class Session:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
-            if push is not None and push.compressed is not None and receipt is not None and receipt.refusal is None:
-                push.compressed.applied()
         if receipt is not None and receipt.refused and receipt.refusal is not None:
             raise receipt.refusal.error()
         return receipt, parameters
@@ -180,17 +110,31 @@ class Session:
     def settle(self) -> Receipt | None:
         """What became of the push that was given up last: its receipt, or None if it was not applied.
 
-        Also None if no push was given up since the last receipt.
+        Also None if no push was given up since the last receipt. Raises OutcomeUnknown.
         """
         with self._lock:
-            if self._unsettled is None:
+            if (attempt := self._ledger.unsettled) is None:
                 return None
-            epoch, sequence = self._unsettled
-            self._until_done(Exchange(None, None, sequence, sent=True))
-            self._unsettled = None
-            if self._epoch != epoch:
-                raise OutcomeUnknown(f"the server has forgotten the session of push {sequence} to {self._set_id!r}")
-            return self._last_receipt if self._last_sequence >= sequence else None
+            push = f"push {attempt.sequence} to {self._set_id!r}"
+            try:
+                self._until_done(Exchange(None, None, attempt))
+            except SessionSuperseded as error:
+                raise OutcomeUnknown(f"what became of {push} can't be found out: {error}") from error
+            if self._ledger.epoch != attempt.epoch:
+                raise OutcomeUnknown(f"what became of {push} can't be found out: the server has forgotten its session")
+            if attempt.repeated:
+                raise OutcomeUnknown(
+                    f"{push} repeats one that was consumed before: push it again, and its first receipt comes back"
+                )
+            self._ledger.unsettled = None
+            return self._ledger.outcome(attempt)
+
+    def identity(self) -> Identity:
+        """Who this worker is, and its last push that is known to be consumed; asks the server if it has not yet."""
+        with self._lock:
+            if not self._ledger.epoch:
+                self._until_done(Exchange(None, None))
+            return Identity(self._client_id, self._ledger.epoch, self._ledger.sequence)
 
     def gradient_buffers(self) -> dict[str, np.ndarray[Any, Any]]:
         """An array for the gradient of each tensor: in shared memory, if that is how they travel now."""
@@ -206,7 +150,13 @@ class Session:
 
     def position_at(self, version: int) -> Position | None:
         """A version in the history that this session last saw; None before it saw any."""
-        return self._latest and replace(self._latest, version=version)
+        return self._ledger.position and replace(self._ledger.position, version=version)
+
+    def rewound(self, position: Position, rewinds: int) -> None:
+        """This worker itself has rewound the set."""
+        with self._lock:
+            self._disconnect()
+            self._ledger.rewound(position, rewinds)
 
     def close(self) -> None:
         """End the stream, and with it a call that another thread waits in. The server remembers the session."""
@@ -237,13 +187,14 @@ class Session:
             opening = step_pb2.Open(
                 parameter_set_id=self._set_id,
                 client_id=self._client_id,
-                epoch=self._epoch,
+                epoch=self._ledger.epoch,
                 shared_memory=self._choice.shared_memory and not self._without_shared_memory,
             )
             self._stream.send([Frame(StepRequest(open=opening))])
             opened = self._stream.receive(deadline).message.opened
-            self._adopt(opened, exchange)
+            missing = self._adopt(opened, exchange)
             self._carry(opened)
+            self._send_again(missing, exchange, deadline)
         return self._stream
 
     def _carry(self, opened: step_pb2.Opened) -> None:
@@ -265,56 +216,52 @@ class Session:
             if forced:
                 raise
 
-    def _adopt(self, opened: step_pb2.Opened, exchange: Exchange) -> None:
-        """Take over what the server knows of this session; raises RolledBack or OutcomeUnknown if it is too little."""
-        resumed, acknowledged, before = opened.epoch == self._epoch, self._last_sequence, self._latest
-        self._latest = position = decode_position(opened.position)
-        self._epoch = opened.epoch
-        self._last_sequence = opened.last_sequence
-        self._last_receipt = None
-        if opened.HasField("last_receipt"):
-            self._last_receipt = replace(decode_receipt(opened.last_receipt), duplicate=True)
-        if self._uncertain is not None and self._unsettled is not None and resumed:
-            sequence, receipt = self._unsettled[1], self._last_receipt
-            if receipt is not None and receipt.sequence == sequence and receipt.refusal is None:
-                self._uncertain.applied()
-        self._uncertain = None
+    def _adopt(self, opened: step_pb2.Opened, exchange: Exchange) -> list[KeptPush]:
+        """Take over what the server knows of this session; returns pushes that it lost, raises RolledBack or OutcomeUnknown."""
+        try:
+            missing = self._ledger.adopt(opened, exchange.attempt)
+        finally:
+            receipt = self._ledger.outcome(self._ledger.unsettled)
+            if self._uncertain is not None and receipt is not None:
+                self._uncertain.decided(taken=receipt.refusal is None)
+            self._uncertain = None
+        if exchange.receipt is None and (receipt := self._ledger.outcome(exchange.attempt)) is not None:
+            exchange.decided(receipt)
         self._tensors = tuple(map(decode_tensor, opened.tensors))
         self._declared = None
-        replaced = before is not None and before.incarnation != position.incarnation
-        if (
-            before is not None
-            and replaced
-            and (position.version < before.version or opened.last_sequence < acknowledged)
-        ):
-            raise RolledBack(
-                f"set {self._set_id!r} came back at version {position.version}, from an older state: this handle knew "
-                f"version {before.version}, and of its {acknowledged} pushes {opened.last_sequence} are left"
-            )
-        if exchange.sent and not resumed:
-            raise OutcomeUnknown(
-                f"push {exchange.sequence} to {self._set_id!r} was sent, but the server has forgotten this session since; "
-                "whether the push was applied can't be found out"
-            )
-        if exchange.sent and self._last_receipt is not None and self._last_sequence == exchange.sequence:
-            exchange.receipt = self._last_receipt
+        return missing
+
+    def _send_again(self, missing: list[KeptPush], exchange: Exchange, deadline: float) -> None:
+        """Push what the server came back without, under the same sequences; what was acknowledged gets a new receipt."""
+        assert self._stream is not None
+        for kept in missing:
+            self._stream.send(self._requests(kept.push, None, kept.sequence, kept.base))
+            receipt = self._received(self._stream.receive(deadline), kept.sequence)
+            if receipt.refused:
+                log.warning("push %d to %r, sent again, was refused: %s", kept.sequence, self._set_id, receipt.refusal)
+            if exchange.attempt is not None and exchange.attempt.sequence == kept.sequence:
+                exchange.receipt = receipt
 
     def _attempt(self, stream: Stream, exchange: Exchange, deadline: float) -> tuple[Receipt | None, Parameters | None]:
         answer: Frame[StepResponse] | None = None
         if exchange.push is not None and exchange.receipt is None:
-            exchange.sequence = self._last_sequence + 1
-            sent_before, exchange.sent = exchange.sent, True
-            stream.send(self._requests(exchange.push, exchange.pull, exchange.sequence))
+            before, attempt = exchange.attempt, self._ledger.attempt()
+            exchange.attempt = attempt
+            stream.send(self._requests(exchange.push, exchange.pull, attempt.sequence, self._base))
+            if exchange.kept != attempt:
+                self._window.keep(attempt.sequence, exchange.push, self._base)  # while it travels
+                exchange.kept = attempt
             try:
                 answer = stream.receive(deadline)
             except (ServerBusy, ServerDraining):  # the server says that it took nothing in
-                exchange.sent = sent_before
+                exchange.attempt = before
                 raise
-            exchange.receipt = self._received(answer, exchange.sequence)
+            exchange.decided(self._received(answer, attempt.sequence))
+            self._ledger.unsettled = None
         elif self._moments_only and exchange.receipt is not None and not exchange.receipt.applied and exchange.pull:
             return exchange.receipt, Parameters({}, exchange.receipt.position, exchange.receipt)  # nothing to add
         elif exchange.pull is not None and not exchange.refused:
-            stream.send(self._requests(None, exchange.pull, None))
+            stream.send(self._requests(None, exchange.pull, 0, None))
         if exchange.pull is None or exchange.refused:
             return exchange.receipt, None
         return exchange.receipt, self._receive_parameters(stream, answer, deadline, exchange)
@@ -323,37 +270,38 @@ class Session:
         receipt = decode_receipt(answer.message.receipt)
         if receipt.sequence != sequence:
             raise ServerError(f"expected the receipt of push {sequence}; got that of {receipt.sequence}")
-        self._last_sequence, self._last_receipt, self._latest = sequence, receipt, receipt.position
-        self._unsettled = None
+        self._ledger.received(receipt)
         return receipt
 
     def _give_up(self, error: BaseException, exchange: Exchange) -> None:
         """Say what is known of a push whose exchange failed; raises OutcomeUnknown or DeadlineExceeded, or nothing."""
-        if exchange.push is None or not exchange.sent:
+        if exchange.push is None or exchange.attempt is None:
             return
-        if receipt := exchange.receipt:
+        push = f"push {exchange.attempt.sequence} to {self._set_id!r}"
+        rolled_back = isinstance(error, RolledBack)  # also what had a receipt may be lost
+        if exchange.receipt is not None and not rolled_back:
             if isinstance(error, OptserveError):
                 raise DeadlineExceeded(
-                    f"push {exchange.sequence} to {self._set_id!r} is done (version {receipt.version}), but the parameters "
-                    f"did not come within {self._timeout:g} s: pull them ({error})"
+                    f"{push} is done (version {exchange.receipt.version}), but the parameters did not come within "
+                    f"{self._timeout:g} s: pull them ({error})"
                 ) from error
             return
-        self._unsettled = (self._epoch, exchange.sequence or 0)
+        self._ledger.unsettled = exchange.attempt
         self._uncertain = exchange.push.compressed
         if isinstance(error, OptserveError) and (error.retryable or isinstance(error, DeadlineExceeded)):
             raise OutcomeUnknown(
-                f"push {exchange.sequence} to {self._set_id!r} was sent, but no receipt came within {self._timeout:g} s "
-                f"({error}); settle() finds out whether it was applied"
+                f"{push} was sent, but no receipt came within {self._timeout:g} s ({error}); settle() finds out whether it "
+                "was applied"
             ) from error
 
     def _requests(
-        self, push: OutgoingPush | None, pull: OutgoingPull | None, sequence: int | None
+        self, push: OutgoingPush | None, pull: OutgoingPull | None, sequence: int, base: Position | None = None
     ) -> Iterator[Frame[StepRequest]]:
         """The frames of one exchange; what is small rides with the first chunk and the last."""
         assert self._carrier is not None
         frame = Frame(StepRequest())
         if push is not None:
-            frame.message.push.CopyFrom(self._begin(push, sequence or 0))
+            frame.message.push.CopyFrom(self._begin(push, sequence, base))
             frame = yield from spread(frame, self._carrier.payloads(push))
             frame.message.commit = True
         if pull is not None:
@@ -368,12 +316,12 @@ class Session:
                 asked.newer_than.CopyFrom(encode_position(pull.newer_than))
         yield frame
 
-    def _begin(self, push: OutgoingPush, sequence: int) -> step_pb2.Push:
+    def _begin(self, push: OutgoingPush, sequence: int, base: Position | None) -> step_pb2.Push:
         message = step_pb2.Push(
             sequence=sequence, hyperparameters=encode_changes(push.changes), loss_scale=push.loss_scale
         )
-        if self._base is not None:
-            message.base.CopyFrom(encode_position(self._base))
+        if base is not None:
+            message.base.CopyFrom(encode_position(base))
         declared = push.declared
         if declared != self._declared:  # else as in this stream's push before
             specs = encode_tensors([spec for spec, _, _, _ in declared])
@@ -402,7 +350,7 @@ class Session:
         except NoSharedMemory as error:  # after a push that is done: fetch them again, another way
             self._without_shared_memory = self._choice.transport is Via.AUTO
             raise ServerUnavailable(str(error)) from error
-        self._base = self._latest = position
+        self._base = self._ledger.position = position
         names = (self._tensors[index].name for index in header.tensors)
         return Parameters(dict(zip(names, arrays, strict=True)), position, exchange.receipt)
 

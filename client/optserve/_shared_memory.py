@@ -59,6 +59,8 @@ class Mappings:
             descriptor = self._receive(segment)
         except OptserveError:
             raise
+        except ConnectionError as error:
+            raise ServerUnavailable(f"{self._offer.socket}: {error}") from None
         except OSError as error:
             raise NoSharedMemory(f"no shared memory with the server: {self._offer.socket}: {error}") from None
         try:
@@ -88,12 +90,15 @@ def _sealed(descriptor: int) -> bool:
 
 
 def connected(offer: step_pb2.SharedMemory, number: int) -> socket.socket:
-    """A connection that has asked for a number; raises NoSharedMemory."""
+    """A connection that has asked for a number; raises NoSharedMemory, or ServerUnavailable if the server has died since."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.settimeout(ANSWER_SECONDS)
         connection.connect(offer.socket)
         connection.sendall(offer.token + number.to_bytes(NUMBER_BYTES, "little"))
+    except ConnectionError as error:  # the socket is there, and nobody listens
+        connection.close()
+        raise ServerUnavailable(f"{offer.socket}: {error}") from None
     except OSError as error:
         connection.close()
         raise NoSharedMemory(f"no shared memory with the server: {offer.socket}: {error}") from None

@@ -37,6 +37,7 @@ FOLLOW = "Follow"  # between servers only
 
 REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
 MEMORY = ":memory:"
+SERVING = b"\x08\x01"  # a grpc.health.v1.HealthCheckResponse whose status is 1
 _ADDRESS = re.compile(r"unix:.+|(dns:(///)?)?([\w.-]+|\[[0-9a-fA-F:.%\w]+\]):(?P<port>\d{1,5})")
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -83,10 +84,13 @@ class Transport(Protocol):
         """End every stream and call."""
 
 
-def connect(address: str) -> Transport:
-    """The transport for an address: `host:port`, `unix:/path`, or `:memory:`."""
-    if address == MEMORY:
-        return MemoryTransport()
+def connect(address: str) -> "Transport":
+    """The transport for an address: `host:port`, `unix:/path`, or `:memory:`; raises InvalidName."""
+    return MemoryTransport() if address == MEMORY else connect_to(address)
+
+
+def connect_to(address: str) -> "GrpcTransport":
+    """The transport to a server at `host:port` or `unix:/path`; raises InvalidName."""
     matched = _ADDRESS.fullmatch(address)
     if matched is None or int(matched["port"] or 0) > 65535:
         raise InvalidName(f"expected an address such as 'localhost:50051', 'unix:/path' or ':memory:'; got {address!r}")
@@ -116,12 +120,22 @@ class GrpcTransport:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._deadlines = Deadlines()
         self._methods = {method.name: self._bind(method) for method in SERVICE.methods if method.name != FOLLOW}
+        self._health: Callable[..., Any] = self._channel.unary_unary("/grpc.health.v1.Health/Check")
 
     def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
         try:
             return self._methods[method](request, timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError as error:
             raise typed(error, self._address) from None
+        except ValueError as error:
+            raise self._closed(error) from None
+
+    def serving(self, timeout: float) -> bool:
+        """Whether the server says, by gRPC's health protocol, that it serves."""
+        try:
+            return self._health(b"", timeout=timeout) == SERVING  # type: ignore[no-any-return]
+        except grpc.RpcError:
+            return False
         except ValueError as error:
             raise self._closed(error) from None
 

@@ -4,7 +4,7 @@ A frame serializes to exactly the bytes that the generated code would write, and
 language; only the payload, `Chunk.data`, is spliced in and cut out by hand, because protobuf copies it twice each way.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +23,7 @@ CHUNK_BYTES = 2 << 20  # payload of a chunk that we send; measured, see docs/arc
 
 M = TypeVar("M", CreateParameterSetRequest, ExportParameterSetResponse, StepRequest, StepResponse)
 Buffer = bytes | memoryview
+Progress = Callable[[int], object]  # called with the number of bytes so far
 
 _CHUNK_FIELD = {
     message: message.DESCRIPTOR.fields_by_name["chunk"].number
@@ -146,6 +147,16 @@ def spread(frame: Frame[M], payloads: Iterable[Payload]) -> Generator[Frame[M], 
             frame = Frame(type(frame.message)())
         frame.payload = payload
     return frame
+
+
+def noted(frames: Iterator[Frame[M]], progress: Progress | None) -> Iterator[Frame[M]]:
+    """The frames, with the bytes of their payloads counted as they go by."""
+    nbytes = 0
+    for frame in frames:
+        yield frame
+        nbytes += frame.payload.nbytes if frame.payload is not None else 0
+        if progress is not None:
+            progress(nbytes)
 
 
 class _MalformedError(ValueError):

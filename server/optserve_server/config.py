@@ -20,6 +20,8 @@ class Config:
     it in memory only. Every `checkpoint_interval` seconds, and at the end, each set that has changed is written there;
     `checkpoints_kept` are kept of each, the older ones in case that the newest is damaged, or to go back to. `checkpoint_copy`
     is the part of a set's state that is copied so that steps go on meanwhile: less takes less memory, and lets one step wait.
+    `checkpoint_store` is the URL of an object store, or of a directory elsewhere (s3://bucket/prefix, file:///..., whatever
+    fsspec knows), to which checkpoints are copied in the background, and from which a server without its disk comes back.
     `rules` are Python files that define rules of your own. `threads` is how many run the update loops
     (None: one for each processor). `max_streams` bounds the workers connected at a time, each of which costs a thread;
     `max_bytes_in_flight` the gradients and initial values that are being received at a time, beyond which workers are told to
@@ -37,6 +39,7 @@ class Config:
     checkpoint_interval: float = 300.0
     checkpoints_kept: int = 2
     checkpoint_copy: float = 1.0
+    checkpoint_store: str | None = None
     rules: tuple[Path, ...] = ()
     threads: int | None = None
     max_streams: int = 1024
@@ -59,6 +62,11 @@ class Config:
             raise ValueError(f"expected at least 2 checkpoints to be kept; got {self.checkpoints_kept}")
         if not 0 <= self.checkpoint_copy <= 1:
             raise ValueError(f"expected a part of the state from 0 to 1 to be copied; got {self.checkpoint_copy}")
+        if self.checkpoint_store is not None and (self.data_dir is None or "://" not in self.checkpoint_store):
+            raise ValueError(
+                "expected a checkpoint store as a URL such as s3://bucket/prefix, and a data directory to copy from; "
+                f"got {self.checkpoint_store!r} and {self.data_dir}"
+            )
         if isinstance(self.rules, (str, os.PathLike)):
             raise ValueError(f"expected rules as a sequence of files; got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(Path(os.fspath(path)) for path in self.rules))
@@ -83,6 +91,11 @@ class Config:
             raise ValueError("expected the primary that this server follows, with the time after which it is promoted")
         if self.promote_after is not None and not SHORTEST_LEASE <= self.promote_after < math.inf:
             raise ValueError(f"expected promotion after at least {SHORTEST_LEASE} seconds; got {self.promote_after}")
+        if self.follow is not None and self.checkpoint_store is not None:
+            raise ValueError(
+                "expected no checkpoint store for a standby: the primary copies its checkpoints there; give the store to this "
+                "server when it is started as a primary"
+            )
         if self.wait_for_standby and self.data_dir is None:
             raise ValueError(
                 "expected a data directory for a server that waits for its standby, which gets what that has"

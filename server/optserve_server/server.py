@@ -69,8 +69,11 @@ class Server:
             acquired.callback(self._engine.close)
             self._stalls = Stalls(config.upload_timeout)
             acquired.callback(self._stalls.close)
-            self._storage = self._opened(config)
-            if self._storage is not None:
+            self._storage: DataDirectory | None = None
+            if config.data_dir is not None:
+                self._storage = DataDirectory(
+                    config.data_dir, config.retention, config.checkpoint_store, self._acknowledged
+                )
                 acquired.callback(self._storage.close)
             self._pair = Pair(config, self._engine, self._storage, self._tell_health)
             acquired.callback(self._pair.close)
@@ -89,6 +92,7 @@ class Server:
             self._pair.stand(self.address, self._serve)
             self._acquired = acquired.pop_all()
         self._stopping = threading.Lock()
+        self._failed = False
 
     def start(self) -> Self:
         """Restore what the data directory has, saying so to who asks, then serve; a standby follows, from nothing."""
@@ -133,12 +137,10 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _opened(self, config: Config) -> DataDirectory | None:
-        def acknowledged(keeper: Keeper, own: Log) -> Log:
-            assert self._pair.primary is not None
-            return self._pair.primary.log(keeper, own)
-
-        return DataDirectory(config.data_dir, config.retention, acknowledged) if config.data_dir is not None else None
+    def _acknowledged(self, keeper: Keeper, own: Log) -> Log:
+        """The log of a set that says nothing which the other server may say otherwise."""
+        assert self._pair.primary is not None
+        return self._pair.primary.log(keeper, own)
 
     def _serve(self) -> None:
         self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_SERVING)
@@ -151,12 +153,6 @@ class Server:
         self._keep()
         follower.start()
         log.info("following", primary=self.config.follow, address=self.address)
-
-    def _tell_health(self) -> None:
-        primary = self._pair.primary
-        deposed = primary is not None and primary.deposed
-        status = health_pb2.HealthCheckResponse
-        self._set_health(status.NOT_SERVING if deposed else status.SERVING)
 
     def _build(self) -> grpc.Server:
         server = grpc.server(
@@ -186,9 +182,21 @@ class Server:
         """Write checkpoints from now on."""
         if self._storage is None:
             return
-        schedule = Schedule(self._storage, self.config.checkpoint_interval)
+        schedule = Schedule(self._storage, self.config.checkpoint_interval, self._fail)
         self._acquired.callback(schedule.close)
         self._service.schedule = schedule
+
+    def _fail(self) -> None:
+        """Tell who watches over servers that this one needs a restart."""
+        self._failed = True
+        self._tell_health()
+
+    def _tell_health(self) -> None:
+        primary = self._pair.primary
+        serves = self._service.status.phase == pb.PHASE_SERVING and not self._failed
+        serves = serves and not (primary is not None and primary.deposed)
+        status = health_pb2.HealthCheckResponse
+        self._set_health(status.SERVING if serves else status.NOT_SERVING)
 
     def _bind(self, listen: str) -> str:
         try:

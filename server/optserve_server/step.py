@@ -13,7 +13,6 @@ from optserve._messages import (
     encode_receipt,
     encode_tensors,
 )
-from optserve._results import Receipt
 from optserve._rows import Indices, check_count, decode_rows
 from optserve._specification import check_client_id
 from optserve._wire import Frame, Payload, bytes_of, pack, spread
@@ -99,6 +98,8 @@ class StepStream:
             last_receipt=encode_receipt(last_receipt) if last_receipt else None,
             position=encode_position(self._set.position),
             tensors=encode_tensors(self._set.spec.tensors),
+            durable_sequence=session.durable_sequence,
+            rewinds=self._set.rewinds,
         )
         if message.shared_memory and self._shared_memory is not None:
             attached = self._shared_memory.attached(self._set, self.serve_locally)
@@ -149,24 +150,25 @@ class StepStream:
         if pull is None or receipt.refused:
             yield Frame(StepResponse(receipt=encode_receipt(receipt)))
         else:
-            yield from self._answer(parameter_set, pull, receipt, snapshot)
+            yield from self._answer(parameter_set, pull, encode_receipt(receipt), snapshot)
 
     def _answer(
         self,
         parameter_set: ParameterSet,
         pull: step_pb2.Pull,
-        receipt: Receipt | None = None,
+        receipt: step_pb2.Receipt | None = None,
         snapshot: Snapshot | None = None,
     ) -> Answers:
         """Answer a pull; the receipt, if any, rides with the first message, and `end` with the last."""
         frame = Frame(StepResponse())
         if receipt is not None:
-            frame.message.receipt.CopyFrom(encode_receipt(receipt))
+            frame.message.receipt.CopyFrom(receipt)
         with ExitStack() as reading:
             if snapshot is not None:
                 reading.callback(parameter_set.release, snapshot)
-            position = parameter_set.position
-            if pull.HasField("newer_than") and not position.newer_than(decode_position(pull.newer_than)):
+            if pull.HasField("newer_than") and not (position := parameter_set.position).newer_than(
+                decode_position(pull.newer_than)
+            ):
                 frame.message.parameters.position.CopyFrom(encode_position(position))
                 frame.message.parameters.unchanged = frame.message.end = True
                 yield frame

@@ -128,7 +128,7 @@ class ParameterSetSpec(_message.Message):
     def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ..., journal: _Optional[_Union[Journal, str]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
-    __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time")
+    __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time", "journal")
     ID_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     HOLDS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class ParameterSetSummary(_message.Message):
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_FIELD_NUMBER: _ClassVar[int]
     id: str
     rule: str
     holds: Holds
@@ -145,7 +146,8 @@ class ParameterSetSummary(_message.Message):
     element_count: int
     state_bytes: int
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., rule: _Optional[str] = ..., holds: _Optional[_Union[Holds, str]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., tensor_count: _Optional[int] = ..., element_count: _Optional[int] = ..., state_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    journal: Journal
+    def __init__(self, id: _Optional[str] = ..., rule: _Optional[str] = ..., holds: _Optional[_Union[Holds, str]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., tensor_count: _Optional[int] = ..., element_count: _Optional[int] = ..., state_bytes: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., journal: _Optional[_Union[Journal, str]] = ...) -> None: ...
 
 class GroupState(_message.Message):
     __slots__ = ("name", "tensors", "optimizer", "schedules")

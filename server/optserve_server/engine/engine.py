@@ -5,6 +5,7 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from optserve._errors import (
     InvalidHyperparameter,
@@ -36,6 +37,7 @@ class Engine:
         self.threads = Threads(threads)
         self._sets: dict[str, ParameterSet] = {}
         self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "optserve-compiler")
 
     def get(self, set_id: str) -> ParameterSet:
         """The set of that id; raises ParameterSetNotFound."""
@@ -140,7 +142,12 @@ class Engine:
             created.resume(start, values)
         elif spec.holds is Holds.PARAMETERS:
             created.load(values)
+        created.compile()
         return created
+
+    def compile_beside(self, parameter_set: ParameterSet) -> None:
+        """Compile a set's loops in a thread, while it is being read from a disk."""
+        self._compiler.submit(parameter_set.compile)
 
     def add(self, parameter_set: ParameterSet) -> None:
         """Let a set be here, instead of another of its id, if there is one."""
@@ -160,6 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait for running updates and end the threads."""
+        self._compiler.shutdown(cancel_futures=True)
         self.threads.close()
 
 

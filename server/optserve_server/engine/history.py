@@ -48,7 +48,7 @@ class Event:
 class Log(Protocol):
     """Where events go before they happen. `append` is called under the set's lock, `wait` without it."""
 
-    def append(self, events: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
         """Take events; raises StorageFailed, and then none of them was taken."""
 
     def wait(self, number: int) -> None:
@@ -58,26 +58,11 @@ class Log(Protocol):
 class Unlogged:
     """No log: events may be acknowledged at once, and are only in memory."""
 
-    def append(self, events: Sequence[Event]) -> None:
-        """Forget them."""
+    def append(self, events: Iterable[Event]) -> None:
+        """Let them be, without even making them."""
 
     def wait(self, number: int) -> None:
         """Return."""
-
-
-@dataclass(slots=True)
-class Watermark:
-    """How far a set's history is on stable storage: events in a journal or in a checkpoint, and the version after them."""
-
-    journal: int = 0
-    checkpoint: int = 0
-    version: int = 0
-
-    def reached(self, number: int) -> Durability:
-        """How far an event has come."""
-        if number <= self.checkpoint:
-            return Durability.CHECKPOINT
-        return Durability.JOURNAL if number <= self.journal else Durability.MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +76,30 @@ class Stored:
     version: int
     sequences: Iterable[tuple[str, int, int]]
     durability: Durability
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """How far a set's history is on stable storage: events in a journal or in a checkpoint, and the version after them."""
+
+    journal: int = 0
+    checkpoint: int = 0
+    version: int = 0
+
+    def reached(self, number: int) -> Durability:
+        """How far an event has come."""
+        if number <= self.checkpoint:
+            return Durability.CHECKPOINT
+        return Durability.JOURNAL if number <= self.journal else Durability.MEMORY
+
+    def raised(self, stored: Stored) -> "Watermark":
+        """The same after more has come to be there."""
+        journal, checkpoint = self.journal, self.checkpoint
+        if stored.durability is Durability.CHECKPOINT:
+            checkpoint = max(checkpoint, stored.number)
+        else:
+            journal = max(journal, stored.number)
+        return Watermark(journal, checkpoint, max(self.version, stored.version))
+
+
+NOTHING_STORED = Watermark()

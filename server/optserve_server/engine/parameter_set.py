@@ -1,11 +1,11 @@
 """A parameter set: tensors, optimizer state, sessions, and the update that changes them together."""
 
+import contextlib
 import datetime
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from optserve._errors import (
     ServerBusy,
     ServerError,
 )
-from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
@@ -35,7 +35,7 @@ from optserve_server.engine.commit import Commit
 from optserve_server.engine.decision import Decision
 from optserve_server.engine.draft import Draft
 from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
-from optserve_server.engine.history import Content, Event, Log, Stored, Unlogged, Watermark
+from optserve_server.engine.history import NOTHING_STORED, Content, Event, Log, Stored, Unlogged
 from optserve_server.engine.loops import decode_loop, encode_loop
 from optserve_server.engine.mean import Gathered
 from optserve_server.engine.outlines import Start
@@ -73,7 +73,8 @@ class ParameterSet:
         self._position = Position(incarnation, 0)
         self._events = 0
         self._undone: tuple[tuple[int, int], ...] = ()
-        self.watermark = Watermark()
+        self.watermark = NOTHING_STORED
+        self._storing = threading.Lock()  # of journal and checkpoints, which may come at a time
         self._log: Log = Unlogged()
         self._sessions = Sessions()
         self._threads = threads
@@ -90,15 +91,22 @@ class ParameterSet:
         self._progress = self._pipeline.begin()
         self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
         self.state_bytes = sum(array.nbytes for arena in self._arenas().values() for array in arena.values())
-        for dtype in {tensor.dtype for tensor in spec.tensors}:
-            read = dtype, dtype if spec.holds is Holds.MOMENTS else None
-            self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
-            encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
+
+    def compile(self) -> None:
+        """Compile the loops that it will need, unless they are: else the first push waits for that."""
+        for dtype in {tensor.dtype for tensor in self.spec.tensors}:
+            read = dtype, dtype if self.spec.holds is Holds.MOMENTS else None
+            with contextlib.suppress(KeyError):  # deleted meanwhile, and its arenas with it
+                self._pipeline.compile_for(read, self._first_groups[0], self._memory(self._buffers.current))
+                encode_loop(dtype)(np.empty((0, 3), np.int64), self._buffers.current.arena[dtype.compute])
 
     @property
     def position(self) -> Position:
         """Where the set's history stands."""
-        return replace(self._position, durable_version=self.watermark.version)
+        watermark = self.watermark
+        if watermark is NOTHING_STORED:
+            return self._position
+        return replace(self._position, durable_version=watermark.version)
 
     @property
     def events(self) -> int:
@@ -154,6 +162,7 @@ class ParameterSet:
             element_count=self._element_count,
             state_bytes=self.state_bytes,
             create_time=self.create_time,
+            journal=self.spec.journal,
         )
 
     def load(self, staging: Staging) -> None:
@@ -307,17 +316,24 @@ class ParameterSet:
             if commit.snapshot is not None:
                 self.release(commit.snapshot)
             raise
-        return self._told(commit.receipt, commit.event), commit.snapshot
+        return self._told(commit.receipt, commit.event, session), commit.snapshot
 
     def last_receipt(self, session: Session) -> Receipt | None:
         """What became of a session's last push, and how far that has come by now; None before the first."""
         receipt = session.last_receipt
-        return receipt and self._told(receipt, session.last_event)
+        return receipt and self._told(receipt, session.last_event, session)
 
-    def _told(self, receipt: Receipt, event: int) -> Receipt:
-        """A receipt that says how far it has come by now."""
-        position = replace(receipt.position, durable_version=self.watermark.version)
-        return replace(receipt, position=position, durability=self.watermark.reached(event))
+    def _told(self, receipt: Receipt, event: int, session: Session) -> Receipt:
+        """A receipt that says how far it, and its session, have come by now."""
+        watermark = self.watermark
+        if watermark is NOTHING_STORED:
+            return receipt
+        return replace(
+            receipt,
+            position=replace(receipt.position, durable_version=watermark.version),
+            durability=watermark.reached(event),
+            durable_sequence=session.durable_sequence,
+        )
 
     def snapshot(self, *, pinned: bool = True, dtype: DType | None = None, evaluation: bool = False) -> Snapshot | None:
         """The tensors of the current version: parameters, or the updates of the last push; or the parameters to evaluate.
@@ -362,7 +378,7 @@ class ParameterSet:
         with self._lock:
             self._log = log
 
-    @contextmanager
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[State]:
         """All that the set is, in its own memory; nothing changes until this ends."""
         with self._lock:
@@ -473,13 +489,8 @@ class ParameterSet:
 
     def stored(self, stored: Stored) -> None:
         """Say what has come to be on stable storage, in every answer from now on."""
-        watermark = self.watermark
-        journal, checkpoint = watermark.journal, watermark.checkpoint
-        if stored.durability is Durability.CHECKPOINT:
-            checkpoint = max(checkpoint, stored.number)
-        else:
-            journal = max(journal, stored.number)
-        self.watermark = Watermark(journal, checkpoint, max(watermark.version, stored.version))
+        with self._storing:
+            self.watermark = self.watermark.raised(stored)
         for client_id, epoch, sequence in stored.sequences:
             self._sessions.made_durable(client_id, epoch, sequence)
 
@@ -682,14 +693,16 @@ class ParameterSet:
             after = self._writable(draft)
             rounds = self._rounds.workers > 1
             if rounds:
+                self._broken = self.spec.transforms.accumulate > 1  # the mean has gradients of earlier rounds in it
                 self._gather(draft, after)
-            self._log.append([each.event(self.spec.tensors, gathered=rounds) for each in decisions])
+            self._log.append(each.event(self.spec.tensors, gathered=rounds) for each in decisions)
         except BaseException:
             for buffer in buffers:
                 self._buffers.pin_again(buffer)
             raise
         for each in held:
             each.buffer = None
+        self._broken = True  # until what the log has has happened
         if not rounds:
             self._gather(draft, after)
         self._run(draft, after)
@@ -707,11 +720,10 @@ class ParameterSet:
             raise ServerBusy("there is no memory for another version of the parameters; try again later") from None
 
     def _gather(self, draft: Draft, after: Buffer) -> None:
-        """Make gradients one; if that fails half way with those of earlier pushes among them, the set is lost."""
-        gather = [work for planned in draft.updates for work in planned.gather]
-        self._broken = bool(gather) and self.spec.transforms.accumulate > 1
-        for work in gather:
-            work.run(self._memory(after), self._threads)
+        """Make gradients one, in memory of the set."""
+        for planned in draft.updates:
+            for work in planned.gather:
+                work.run(self._memory(after), self._threads)
 
     def _run(self, draft: Draft, after: Buffer) -> None:
         """Become what the draft says; if that fails half way, nothing is ever read from this set again."""

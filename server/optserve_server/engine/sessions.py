@@ -110,11 +110,6 @@ class Sessions:
         if session is not None and session.epoch == epoch:
             session.durable_sequence = max(session.durable_sequence, sequence)
 
-    def end_streams(self) -> None:
-        """Let no stream that is open push any more."""
-        for session in self._by_client.values():
-            session.stream = None
-
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Resume a client's session, or begin one; older streams lose it. Raises SessionSuperseded for an epoch that is over.
 

@@ -1,7 +1,7 @@
 """Acknowledgements: what must be so before a server says that something happened."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 from optserve._errors import ServerUnavailable
@@ -64,7 +64,7 @@ class Acknowledged:
         self._confirmations = confirmations
         self._journaled = keeper.parameter_set.spec.journal is not Journal.OFF
 
-    def append(self, events: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
         self._log.append(events)
 
     def wait(self, number: int) -> None:

@@ -35,8 +35,7 @@ class Lease:
     @property
     def lapsed(self) -> bool:
         """Whether the standby may have promoted itself."""
-        with self._lock:
-            return self._seconds > 0 and now() >= self._until
+        return self._seconds > 0 and now() >= self._until
 
     def grant(self, seconds: float, *, lapsed: bool = False) -> None:
         """Depend on a standby that has not heard of it yet; or on one that may have promoted itself by now."""

@@ -226,6 +226,7 @@ class Replica:
         header = incoming.header
         copy.coming = None  # let go of the memory before there is more
         copy.coming = incoming.loaded(self._engine)
+        self._engine.compile_beside(copy.coming)
         copy.reached = Reached(header.incarnation, header.event)
         journaled = copy.coming.spec.journal is not Journal.OFF
         copy.whole_at = header.last_event if journaled else header.event

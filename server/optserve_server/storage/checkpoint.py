@@ -7,12 +7,14 @@
 A directory that has the final name is complete: its files and its names are on stable storage before it gets that.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from optserve_server.engine.arena import aligned
@@ -22,6 +24,8 @@ from optserve_server.storage import files, manifest, tensors
 from optserve_server.storage.files import PAGE, File
 from optserve_server.storage.manifest import Manifest
 from optserve_server.storage.tensors import Damaged, Entry, Tensors, Writer
+
+log = structlog.get_logger()
 
 PREFIX = "checkpoint-"
 CURRENT = "CURRENT"
@@ -91,18 +95,23 @@ class Draft:
     def __init__(self, home: Path, state: State, shared: "Shared | None" = None) -> None:
         self.state = state
         self._shared = shared.entries(state) if shared is not None else {}
-        self.path = home / f"{PREFIX}{state.events:020d}"
-        self._home = home
+        self.path = path_of(home, state.events)
         self._temporary = self.path.with_name(self.path.name + files.TEMPORARY)
         if self._temporary.exists():
             files.remove_directory(self._temporary)
         files.make_directory(self._temporary)
-        about = {"parameter_set": state.spec.id, "version": str(state.position.version)}
-        self._writers = {
-            name: Writer(self._temporary / f"{name}{SUFFIX}", each, about)
-            for name, each in _arrays(state).items()
-            if name not in self._shared
-        }
+        self._writers: dict[str, Writer] = {}
+        try:
+            self._begin(shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, shared: "Shared | None") -> None:
+        about = {"parameter_set": self.state.spec.id, "version": str(self.state.position.version)}
+        for name, each in _arrays(self.state).items():
+            if name not in self._shared:
+                self._writers[name] = Writer(self._temporary / f"{name}{SUFFIX}", each, about)
         for name in self._shared:
             assert shared is not None
             files.link(shared.path / f"{name}{SUFFIX}", self._temporary / f"{name}{SUFFIX}")
@@ -131,23 +140,40 @@ class Draft:
             stretch.writer.write(stretch.begin, data)
 
     def close(self) -> None:
-        """Close its files."""
+        """Close its files, and remove what was not published."""
         for writer in self._writers.values():
             writer.close()
+        if self._temporary.exists():
+            with contextlib.suppress(OSError):
+                files.remove_directory(self._temporary)
 
-    def publish(self) -> None:
-        """Let it be the newest, durably."""
+    def publish(self, fence: Callable[[], None]) -> None:
+        """Let it be the newest, durably, unless the fence raises."""
         entries = self._shared | {name: writer.finish() for name, writer in self._writers.items()}
         described = Manifest(replace(self.state, arenas={}), entries)
         with File(self._temporary / MANIFEST) as file:
             file.write([manifest.to_bytes(described)])
             file.sync()
-        files.sync_directory(self._temporary)
-        if self.path.exists():  # of the same event, damaged
-            files.remove_directory(self.path)
-        files.rename(self._temporary, self.path)
-        files.sync_directory(self._home)
-        files.write_file(self._home / CURRENT, self.path.name.encode())
+        fence()
+        publish(self._temporary, self.path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Let a directory whose files are synced be a set's newest checkpoint, durably."""
+    files.sync_directory(temporary)
+    if path.exists():  # of the same event, damaged
+        files.remove_directory(path)
+    files.rename(temporary, path)
+    files.sync_directory(path.parent)
+    try:
+        files.write_file(path.parent / CURRENT, path.name.encode())
+    except OSError as error:  # for people; each checkpoint is checked by itself
+        log.error("CURRENT does not name the newest checkpoint", path=str(path), error=str(error))
+
+
+def path_of(home: Path, event: int) -> Path:
+    """Where the checkpoint after an event is."""
+    return home / f"{PREFIX}{event:020d}"
 
 
 def present(home: Path) -> list[Path]:

@@ -4,9 +4,12 @@ LOCK                     locked by the server that uses the directory
 STANDING                 what it must not forget of the other one, if it has a standby or is one, see `replication.standing`
 OWNER                    what the last server wrote here that began to use it; who finds another's stops writing
 sets/<hash of id>/       one set, see `checkpoint` and `journal`
-former/<hash of id>/     one that was here before the server became a standby, whose primary does not have it
+former/<hash of id>-*/   one that was here before the server became a standby, of a primary that does not have it
+deleted/                 sets whose deletion the store has not seen yet, see `store`
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import secrets
@@ -19,38 +22,50 @@ import structlog
 
 from optserve._errors import HistoryChanged, InvalidArgument, OptserveError, ParameterSetExists, ParameterSetNotFound
 from optserve._results import Durability
+from optserve._specification import Journal
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.storage import checkpoint, files, journal, travel
 from optserve_server.storage.changes import Changes
 from optserve_server.storage.checkpoint import Shadow, Shared
+from optserve_server.storage.files import Pages
 from optserve_server.storage.keeper import Keeper, Logs, Retention
+from optserve_server.storage.store import Store, StoreFailedError
 from optserve_server.storage.tensors import Damaged
+from optserve_server.storage.uploads import Uploads
 
 log = structlog.get_logger()
 
 DAMAGED = ".damaged"  # suffix of checkpoints that were passed over
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # errors that say that a file is damaged
 Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
 
 
 class DataDirectory:
     """Keeps sets below a path; raises OSError if the path can't be used or another server uses it.
 
-    `log` is as in `Keeper`. `changes` says when there is something new on stable storage, or a set less.
+    `logged` is as in `Keeper`. `changes` says when there is something new on stable storage, or a set less.
     """
 
-    def __init__(self, path: Path, retention: Retention | None = None, log: Logs | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        retention: Retention | None = None,
+        store: str | None = None,
+        logged: Logs | None = None,
+    ) -> None:
         self.path = path
         self.changes = Changes()
-        self._log = log
+        self._logged = logged
         self._sets = path / "sets"
-        self._sets.mkdir(parents=True, exist_ok=True)
+        files.make_directories(path)
+        files.make_directories(self._sets)
         self._retention = retention or Retention()
         self._kept: dict[Path, str] = {}  # directories of sets that are not on this server, and why
         self._keepers: dict[str, Keeper] = {}
         self._changing = threading.Lock()
-        self._shadow = Shadow()
+        self._shadow, self._pages = Shadow(), Pages()
         self._checkpointing = threading.Lock()  # one at a time: they share memory, and the disk
         self._lock = (path / "LOCK").open("w")
         try:
@@ -61,6 +76,15 @@ class DataDirectory:
         self._owner = secrets.token_hex(16).encode()
         files.write_file(path / "OWNER", self._owner)
         files.sync_directory(path)
+        self._store: Store | None = None
+        self._uploads: Uploads | None = None
+        if store is not None:
+            try:
+                self._store = Store(store, path / "deleted", self._retention.checkpoints)
+            except StoreFailedError:
+                self._lock.close()
+                raise
+            self._uploads = Uploads(self._store)
 
     def keeper(self, set_id: str) -> Keeper | None:
         """That of a set, if it is here."""
@@ -79,20 +103,18 @@ class DataDirectory:
             raise OSError("another server has taken over this data directory; this one writes nothing there any more")
 
     def add(self, parameter_set: ParameterSet) -> Keeper:
-        """Keep a set from now on; raises OSError or StorageFailed."""
+        """Keep a new set from now on; raises OSError or StorageFailed."""
         home = self._home(parameter_set.spec.id)
-        if not home.exists():
-            files.make_directory(home)
+        if home.exists():  # of one that could not be created, or not be deleted whole
+            files.remove_directory(home)
+        files.make_directory(home)
+        try:
             files.sync_directory(self._sets)
-        keeper = self._begin(home, parameter_set)
-        with self._changing:
-            self._keepers[parameter_set.spec.id] = keeper
-        return keeper
-
-    def _begin(self, home: Path, parameter_set: ParameterSet) -> Keeper:
-        return Keeper(
-            home, parameter_set, self._retention, self._shadow, self.check_owner, self._log, self.changes.note
-        )
+            return self._keep(home, parameter_set)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                files.remove_directory(home)
+            raise
 
     def adopt(self, parameter_set: ParameterSet) -> Keeper:
         """Keep a set of another server, as it is now, instead of all that has its id; raises OSError or StorageFailed.
@@ -107,7 +129,7 @@ class DataDirectory:
                 shutil.rmtree(leftover)
         files.make_directory(new)
         with self._checkpointing:
-            keeper = self._begin(new, parameter_set)
+            keeper = self._keeping(new, parameter_set)
             try:
                 keeper.checkpoint()
             except BaseException:
@@ -135,12 +157,30 @@ class DataDirectory:
             if home.name.endswith((files.TEMPORARY, files.CONDEMNED)):
                 shutil.rmtree(home)
             elif home not in kept:
-                former = self.path / "former"
-                former.mkdir(exist_ok=True)
-                target = former / f"{home.name}-{secrets.token_hex(4)}"
+                target = self.path / "former" / f"{home.name}-{secrets.token_hex(4)}"
+                files.make_directories(target.parent)
                 files.rename(home, target)
                 log.warning("the primary does not have this set; its files are kept apart", directory=str(target))
         files.sync_directory(self._sets)
+
+    def _keep(self, home: Path, parameter_set: ParameterSet) -> Keeper:
+        keeper = self._keeping(home, parameter_set)
+        with self._changing:
+            self._keepers[parameter_set.spec.id] = keeper
+        return keeper
+
+    def _keeping(self, home: Path, parameter_set: ParameterSet) -> Keeper:
+        return Keeper(
+            home,
+            parameter_set,
+            self._retention,
+            self.check_owner,
+            self._shadow,
+            self._pages,
+            published=self._uploads.offer if self._uploads is not None else lambda path: None,
+            note=self.changes.note,
+            logged=self._logged,
+        )
 
     def checkpoint(self, set_id: str, shared: Shared | None = None) -> None:
         """Write a checkpoint of a set now, which may have files of another; raises StorageFailed."""
@@ -148,14 +188,23 @@ class DataDirectory:
             self._keeper(set_id).checkpoint(shared)
 
     def restore(self, engine: Engine, progress: Progress = lambda read, total: None) -> None:
-        """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly."""
+        """Bring back every set from its newest sound checkpoint and its journal; what can't be is kept, loudly.
+
+        Raises StoreFailedError if there is a store that can't be reached.
+        """
+        if self._store is not None:
+            self._fetch(self._store)
         self._finish_adoptions()
+        for condemned in self._sets.glob(f"*{files.CONDEMNED}"):
+            shutil.rmtree(condemned)
         homes = []
         for home in sorted(self._sets.iterdir()):
-            if home.name.endswith((files.CONDEMNED, files.TEMPORARY)):
-                shutil.rmtree(home)
+            if _is_unfinished(home):
+                log.warning("removed a set whose creation was not finished", directory=str(home))
+                files.remove_directory(home)
             else:
                 homes.append(home)
+        files.sync_directory(self._sets)  # a crash of the server alone may have left names that were never synced
         total = sum(_nbytes(home) for home in homes)
         read = 0
 
@@ -166,13 +215,18 @@ class DataDirectory:
 
         for home in homes:
             try:
-                parameter_set = _restored(home, engine, note)
-                self.add(parameter_set)
-            except (OptserveError, OSError, Damaged) as error:
-                log.error("not restored; its files are kept", directory=str(home), reason=str(error))
-                self._kept[home] = str(error)
+                parameter_set = self._restored(home, engine, note)
+                self._keep(home, parameter_set)
+            except Exception as error:  # one set must not keep a server from the others
+                unexpected = None if isinstance(error, OptserveError | OSError | Damaged) else error
+                log.error(
+                    "not restored; its files are kept", directory=str(home), reason=str(error), exc_info=unexpected
+                )
+                self._kept[home] = str(error) or repr(error)
             else:
                 engine.add(parameter_set)
+                if self._uploads is not None:  # if it is not there yet
+                    self._uploads.offer(checkpoint.present(home)[0])
                 log.info("restored", parameter_set=parameter_set.spec.id, version=parameter_set.position.version)
 
     def _finish_adoptions(self) -> None:
@@ -181,7 +235,8 @@ class DataDirectory:
             home = new.with_name(new.name.removesuffix(files.TEMPORARY))
             if not home.exists() and checkpoint.present(new):
                 files.rename(new, home)
-        files.sync_directory(self._sets)
+            else:
+                shutil.rmtree(new)
 
     def earlier(self, engine: Engine, set_id: str, version: int | None) -> tuple[ParameterSet, Shared | None]:
         """A set as it was at a version, or as it was last written, not published; and the checkpoint that it is, if it is one.
@@ -218,6 +273,8 @@ class DataDirectory:
         with self._changing:
             keeper = self._keepers.pop(set_id, None)
         if keeper is not None:
+            if self._uploads is not None:
+                self._uploads.delete(keeper.home.name)
             keeper.delete()
             self.changes.note()
 
@@ -225,7 +282,25 @@ class DataDirectory:
         """Let another server use the directory."""
         for keeper in self.keepers:
             keeper.close()
+        if self._uploads is not None:
+            self._uploads.close()
         self._lock.close()
+
+    def _fetch(self, store: Store) -> None:
+        """Bring the sets of which the store has more than this directory."""
+        store.claim(self._owner)
+        store.catch_up()
+        self._kept |= store.fetch_all(self._sets)
+
+    def _restored(self, home: Path, engine: Engine, note: Callable[[int], None]) -> ParameterSet:
+        """The set that a directory has, or, if that is damaged, the store; raises what `_restored` raises."""
+        try:
+            return _restored(home, engine, note)
+        except Damaged as error:
+            if self._store is None or self._store.fetch(home) is None:
+                raise
+            log.warning("fetched from the checkpoint store", directory=str(home), reason=str(error))
+            return _restored(home, engine, note)
 
     def _keeper(self, set_id: str) -> Keeper:
         with self._changing:
@@ -242,6 +317,7 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
     """The set that a directory has; raises Damaged, OSError or OptserveErrors if there is none that can be here."""
     for leftover in (*home.glob(f"*{files.TEMPORARY}"), *home.glob(f"*{files.CONDEMNED}")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    files.sync_directory(home)
     present = checkpoint.present(home)
     _check_current(home, present)
     damaged: list[Path] = []
@@ -249,12 +325,15 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
         try:
             described = checkpoint.read(path)
             parameter_set = engine.new(described.state.spec)
+            engine.compile_beside(parameter_set)
             parameter_set.restore(described.state)
             for nbytes in checkpoint.fill(path, described, parameter_set):
                 note(nbytes)
         except InvalidArgument:  # sound, but not for this server
             raise
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and error.errno not in LOST:
+                raise
             log.error("checkpoint is damaged; trying the one before", path=str(path), error=str(error))
             damaged.append(path)
             continue
@@ -262,8 +341,10 @@ def _restored(home: Path, engine: Engine, note: Callable[[int], None]) -> Parame
             Stored(described.state.events, described.state.position.version, (), Durability.CHECKPOINT)
         )
         _repeat(home, parameter_set, note)
+        if damaged and parameter_set.spec.journal is not Journal.OFF:
+            _check_reached(damaged[0], parameter_set)
         for each in damaged:  # which must not count among those that are kept
-            files.rename(each, each.with_name(each.name + DAMAGED))
+            _set_aside(each)
         return parameter_set
     raise Damaged("all of its checkpoints are damaged" if present else "it has no checkpoint")
 
@@ -279,6 +360,30 @@ def _repeat(home: Path, parameter_set: ParameterSet, note: Callable[[int], None]
         log.info("journal repeated", parameter_set=parameter_set.spec.id, events=parameter_set.events - before)
 
 
+def _check_reached(damaged: Path, parameter_set: ParameterSet) -> None:
+    """Raises Damaged if a checkpoint that can't be read had more of a set than its journal leads to."""
+    if parameter_set.events < checkpoint.event_of(damaged):
+        raise Damaged(
+            f"{damaged}: it is damaged, and the journal leads from the one before to event {parameter_set.events} only"
+        )
+
+
+def _set_aside(damaged: Path) -> None:
+    aside = damaged.with_name(damaged.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    files.rename(damaged, aside)
+
+
+def _is_unfinished(home: Path) -> bool:
+    """Whether a set never had a checkpoint: then nobody was told that anything of it is there."""
+    return home.is_dir() and not any(
+        each.name == checkpoint.CURRENT
+        or (each.name.startswith(checkpoint.PREFIX) and not each.name.endswith(files.TEMPORARY))
+        for each in home.iterdir()
+    )
+
+
 def _check_current(home: Path, present: list[Path]) -> None:
     """Say so if the pointer is not to the newest checkpoint: each is checked by itself."""
     try:
@@ -292,5 +397,5 @@ def _check_current(home: Path, present: list[Path]) -> None:
 def _nbytes(home: Path) -> int:
     """Bytes that a set's restoration reads, about."""
     newest = checkpoint.present(home)[:1]
-    read = [each for path in newest for each in path.iterdir()] + [path for _, path in journal.segments(home)]
+    read = [each for path in newest for each in path.glob("*")] + [path for _, path in journal.segments(home)]
     return sum(path.stat().st_size for path in read)

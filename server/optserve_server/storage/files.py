@@ -8,9 +8,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optserve._copy import copy_array
 
 MODE = 0o600
 LARGEST_WRITE = 16 << 20  # bytes in one call, so that others get their turn in between
@@ -58,6 +64,10 @@ class File:
         finally:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags)
 
+    def align(self) -> None:
+        """Go on at the beginning of a page."""
+        self.size = -(-self.size // PAGE) * PAGE
+
     def cut(self, size: int) -> None:
         """Let the file end there."""
         os.ftruncate(self._descriptor, size)
@@ -87,6 +97,37 @@ class File:
         self.close()
 
 
+class Pages:
+    """Memory through which large amounts get to files page by page, and so past the page cache; threads take turns."""
+
+    def __init__(self) -> None:
+        self._memory: NDArray[np.uint8] | None = None
+        self._turn = threading.Lock()
+
+    def write(self, file: File, buffers: Sequence[Any]) -> None:
+        """Append bytes-like objects in pages of their own, the last one filled up with zeros; raises OSError."""
+        with self._turn:
+            if self._memory is None:
+                memory = np.zeros(LARGEST_WRITE + PAGE, np.uint8)
+                self._memory = memory[-memory.ctypes.data % PAGE :][:LARGEST_WRITE]
+            file.align()
+            filled = 0
+            for part in (part for buffer in buffers for part in _parts(memoryview(buffer).cast("B"))):
+                begin = 0
+                while begin < len(part):
+                    size = min(len(part) - begin, LARGEST_WRITE - filled)
+                    copy_array(
+                        self._memory[filled : filled + size], np.frombuffer(part[begin : begin + size], np.uint8)
+                    )
+                    begin, filled = begin + size, filled + size
+                    if filled == LARGEST_WRITE:
+                        file.write_pages(self._memory.data)
+                        filled = 0
+            end = -(-filled // PAGE) * PAGE
+            self._memory[filled:end] = 0
+            file.write_pages(self._memory[:end].data)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Let a path have new content, durably and at once; raises OSError, and then it has what it had."""
     temporary = path.with_name(path.name + TEMPORARY)
@@ -113,6 +154,15 @@ def make_directory(path: Path) -> None:
     path.mkdir(mode=0o700)
 
 
+def make_directories(path: Path) -> None:
+    """Have a directory, and those that it is in, durably, whoever made them."""
+    if not path.exists():
+        make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # of somebody else's directory, which was there before
+        sync_directory(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file, if it is there."""
     path.unlink(missing_ok=True)
@@ -122,6 +172,8 @@ def remove_directory(path: Path) -> None:
     """Remove a directory, which from now on does not count, and then what is in it."""
     condemned = path if path.name.endswith(CONDEMNED) else path.with_name(path.name + CONDEMNED)
     if condemned is not path:
+        if condemned.exists():  # since it could not be removed before
+            shutil.rmtree(condemned)
         rename(path, condemned)
         sync_directory(path.parent)
     shutil.rmtree(condemned)

@@ -6,13 +6,14 @@ and records also say which event was known to be on stable storage when they wer
 unfinished (nothing that came later knew it to be stored: it is passed over) from damage (refused).
 """
 
+import contextlib
 import itertools
 import secrets
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +23,18 @@ from optserve._errors import StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
 from optserve_server.engine.history import Event, Stored
-from optserve_server.storage import events, files
-from optserve_server.storage.files import File
+from optserve_server.storage import events as encoding
+from optserve_server.storage import files
+from optserve_server.storage.files import File, Pages
 from optserve_server.storage.tensors import Damaged
 
 log = structlog.get_logger()
 
 WINDOW = 1.0  # seconds for which an acknowledged event may not be on stable storage, with "everysec"
-GRAIN = 1 << 20  # bytes; segments grow by multiples of it, so that one of another size was cut
+GRAIN = 1 << 20  # bytes; segments grow by multiples of it
 PREFIX = "journal-"
+
+Unfinished = Callable[[Path, int], None]  # a segment, and the first event that it does not have whole
 
 _SEGMENT = struct.Struct("<8sQQQ")  # magic, salt, first event, event known to be stored
 _RECORD = struct.Struct(
@@ -46,9 +50,9 @@ RECORD_SIZE = _RECORD.size + _CHECKSUM.size
 class Journal:
     """The journal of one set, to which events go; a `Log`.
 
-    `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if this server is not
-    to write any more. With "everysec", `sync_if_due` must be called often. After
-    an error of a sync nothing is acknowledged any more. Raises OSError or StorageFailed.
+    `stored` is called with what has come to be on stable storage, `fence` before, which raises OSError if another server may
+    have read the journal without that. With "everysec", `sync_if_due` must be called often. After an error of a sync nothing
+    is acknowledged any more. Raises OSError or StorageFailed.
     """
 
     def __init__(
@@ -59,8 +63,10 @@ class Journal:
         setting: Setting,
         stored: Callable[[Stored], None],
         fence: Callable[[], None],
+        pages: Pages,
     ) -> None:
         self._home = home
+        self._pages = pages
         self._fence = fence
         self._always = setting is Setting.ALWAYS
         self._stored = stored
@@ -74,6 +80,7 @@ class Journal:
         self._sequences: dict[tuple[str, int], int] = {}
         self._syncing = False
         self._failure: str | None = None
+        self._torn = False  # whether a write has failed in the present segment
         self._unsynced: list[File] = []  # segments that came to their end; the last one is the present one
         for first, path in segments(home):
             if first > last_event:  # begun before a crash, and what came before it is gone
@@ -81,23 +88,33 @@ class Journal:
             else:  # a crash of the server alone may have left what could be read, and was never synced
                 files.sync(path)
         files.sync_directory(home)
-        stored(Stored(last_event, version, (), Durability.JOURNAL))
         self._begin()
 
-    def append(self, new: Sequence[Event]) -> None:
+    def append(self, events: Iterable[Event]) -> None:
+        new = list(events)
         with self._changed:
             self._check()
+        if self._torn:  # what was written there might be read for what would be next
+            self._begin()
         file, size, checksum = self._file, self._file.size, self._checksum
         try:
             buffers = [buffer for event in new for buffer in self._record(event)]
-            end = file.size + sum(memoryview(buffer).nbytes for buffer in buffers)
+            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            end = file.size + nbytes + 2 * files.PAGE
             if end > file.reserved:
                 file.reserve(-(-end // GRAIN) * GRAIN)
-            file.write(buffers)
-        except OSError as error:
+            self._torn = True
+            if nbytes < GRAIN:
+                file.write(buffers)
+            else:
+                self._pages.write(file, buffers)
+            self._torn = False
+        except BaseException as error:
             file.rewind(size)
             self._checksum = checksum
-            raise StorageFailed(f"the journal can't be written, and nothing was applied: {error}") from error
+            if isinstance(error, OSError):
+                raise StorageFailed(f"the journal can't be written, and nothing was applied: {error}") from error
+            raise
         with self._changed:
             self._last, self._version = new[-1].number, new[-1].version
             now = time.monotonic()
@@ -145,14 +162,24 @@ class Journal:
         if self._file.size > SEGMENT_SIZE:
             self._begin()
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is acknowledged any more, if so."""
+        return self._failure
+
     def skip(self, last_event: int, version: int) -> None:
-        """Let the next event be another, once all before are synced; raises StorageFailed."""
+        """Let the next event be another, for a checkpoint leads there; raises StorageFailed."""
         with self._changed:
-            self._last = self._synced = last_event
-            self._version = version
+            while self._syncing:
+                self._changed.wait()
+            self._last, self._version = last_event, version
+            self._synced = min(self._synced, last_event)
         try:
+            for first, path in segments(self._home):
+                if first > last_event + 1:  # of a history that was not to be
+                    files.remove(path)
             self._begin()
-        except StorageFailed as error:
+        except (OSError, StorageFailed) as error:
             self.fail(str(error))
             raise
 
@@ -187,20 +214,26 @@ class Journal:
         try:
             files.remove(temporary)
             file = File(temporary)
-            file.reserve(GRAIN)
-            file.write([header])
-            file.sync()
-            files.rename(temporary, path)
+            try:
+                file.reserve(GRAIN)
+                file.write([header])
+                file.sync()
+                files.rename(temporary, path)
+            except BaseException:
+                file.close()
+                raise
         except OSError as error:
+            with contextlib.suppress(OSError):
+                files.remove(temporary)
             raise StorageFailed(f"no segment of the journal can be begun: {error}") from error
-        self._file, self._salt = file, salt
+        self._file, self._salt, self._torn = file, salt, False
         self._checksum = zlib.crc32(header)
         with self._changed:
             self._unsynced.append(self._file)
             self._new = True  # its name is not synced yet
 
     def _record(self, event: Event) -> list[Any]:
-        encoded, data = events.encode(event)
+        encoded, data = encoding.encode(event)
         checksum = zlib.crc32(encoded, self._checksum)
         size = len(encoded)
         for buffer in data:
@@ -218,11 +251,11 @@ class Journal:
         new = self._new
         self._changed.release()
         try:
-            self._fence()
             for segment in segments:
                 segment.sync()
             if new:
                 files.sync_directory(self._home)
+            self._fence()  # who took over before this has not read it all
         except OSError as error:
             failure: str | None = f"the journal can't be synced, and acknowledges nothing more until a restart: {error}"
         else:
@@ -263,20 +296,31 @@ def remove_before(home: Path, event: int) -> None:
             files.remove(path)
 
 
-def read(home: Path, after: int) -> Iterator[Event]:
-    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError."""
+def say_unfinished(path: Path, number: int) -> None:
+    """Say that the end of a segment, from an event on, was passed over."""
+    log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number)
+
+
+def read(home: Path, after: int, unfinished: Unfinished = say_unfinished) -> Iterator[Event]:
+    """All events after a number, in order; raises Damaged if one is missing that may have been acknowledged, or OSError.
+
+    `unfinished` is called for what a crash left.
+    """
     present = segments(home)
     number = after
     for place, (first, path) in enumerate(present):
         if place + 1 < len(present) and present[place + 1][0] <= after + 1:
             continue
-        segment = Segment(path, first)
+        segment = Segment(path, first, unfinished)
         if first > number + 1:
             if segment.known_stored() > number:
                 raise Damaged(f"{path}: expected event {number + 1} before; a later one knew it to be stored")
-            log.warning("passed over the unfinished end of a journal", path=str(path), first_event=number + 1)
+            unfinished(path, number + 1)
             return
+        end = present[place + 1][0] if place + 1 < len(present) else None
         for event in segment:
+            if event.number == end:  # written after all, though the server was told otherwise; and then once more
+                break
             if event.number > number:
                 number = event.number
                 yield event
@@ -295,26 +339,28 @@ class Header(NamedTuple):
 class Segment:
     """The events of one segment, read one by one until what a crash left unfinished; raises Damaged or OSError."""
 
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, first: int, unfinished: Unfinished) -> None:
         self._path = path
         self._first = first
+        self._unfinished = unfinished
 
     def __iter__(self) -> Iterator[Event]:
         with self._path.open("rb", buffering=0) as file:
             salt, _, checksum = self.opened(file)
             place, number = SEGMENT_SIZE, self._first
-            while (header := header_at(file, place, salt)) is not None and header.event == number:
+            while found := record_at(file, place, salt, number):
+                place, header = found
                 payload = memoryview(_read(file, place + RECORD_SIZE, header.size))
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
                     break
-                yield events.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
+                yield encoding.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
                 place += RECORD_SIZE + header.size
                 number += 1
             if self._known_stored(file, place, salt) >= number:
                 raise Damaged(f"{self._path}: event {number} is damaged, or missing; a later one knew it to be stored")
             if any(_read(file, place, RECORD_SIZE)):
-                log.warning("passed over the unfinished end of a journal", path=str(self._path), first_event=number)
+                self._unfinished(self._path, number)
 
     def known_stored(self) -> int:
         """The last event that anything in the segment knew to be on stable storage."""
@@ -325,8 +371,10 @@ class Segment:
     def opened(self, file: Any) -> tuple[int, int, int]:
         """Salt, event known to be stored, and checksum of the segment's header."""
         size = file.seek(0, 2)
-        if size < GRAIN or size % GRAIN:
-            raise Damaged(f"{self._path}: expected a multiple of {GRAIN} bytes; got {size}: it was cut")
+        if size < GRAIN:
+            raise Damaged(f"{self._path}: expected at least {GRAIN} bytes; got {size}: it was cut")
+        if size % GRAIN:  # as a crash may leave one that was to grow
+            log.warning("a segment of a journal ends early", path=str(self._path), size=size)
         header = _read(file, 0, SEGMENT_SIZE)
         magic, salt, first, synced = _SEGMENT.unpack_from(header)
         if (magic, first, header) != (_SEGMENT_MAGIC, self._first, _sealed(header[: _SEGMENT.size], 0)):
@@ -349,15 +397,19 @@ def _sealed(header: bytes, salt: int) -> bytes:
     return header + _CHECKSUM.pack(zlib.crc32(header, salt & 0xFFFFFFFF))
 
 
-def header_at(file: Any, place: int, salt: int) -> Header | None:
-    """The header of the record that begins at a place of a segment, if one does."""
-    return _header(_read(file, place, RECORD_SIZE), salt)
-
-
 def _header(data: bytes, salt: int) -> Header | None:
     if len(data) < RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
         return None
     return Header(*_RECORD.unpack_from(data)[1:])
+
+
+def record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
+    """Where a record is and what it says of itself: there, or, since large ones do, where the next page begins."""
+    for begin in (place, -(-place // files.PAGE) * files.PAGE):
+        header = _header(_read(file, begin, RECORD_SIZE), salt)
+        if header is not None and header.event == number:
+            return begin, header
+    return None
 
 
 def _read(file: Any, place: int, size: int) -> bytes:

@@ -16,6 +16,7 @@ from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
 from optserve_server.storage.checkpoint import LEAST_COPIED, Draft, Shadow, Shared
+from optserve_server.storage.files import Pages
 from optserve_server.storage.journal import Journal
 
 log = structlog.get_logger()
@@ -36,8 +37,8 @@ Logs = Callable[["Keeper", Log], Log]
 class Keeper:
     """Keeps one set. Every method may be called from any thread.
 
-    `log` makes the log that the set gets, of this keeper and the log that it would have had; `note` is called when something
-    has come to be on stable storage.
+    `published` is called with each new checkpoint, `note` when something has come to be on stable storage. `logged` makes the
+    log that the set gets, of this keeper and the log that it would have had.
     """
 
     def __init__(
@@ -45,16 +46,20 @@ class Keeper:
         home: Path,
         parameter_set: ParameterSet,
         retention: Retention,
-        shadow: Shadow,
         fence: Callable[[], None],
-        log: Logs | None = None,
-        note: Callable[[], None] = lambda: None,
+        shadow: Shadow,
+        pages: Pages,
+        *,
+        published: Callable[[Path], None],
+        note: Callable[[], None],
+        logged: Logs | None,
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
         self._retention = retention
         self._shadow = shadow
         self._fence = fence
+        self._published = published
         self._note = note
         self._writing = threading.Lock()
         present = checkpoint.present(home)
@@ -70,10 +75,14 @@ class Keeper:
                 parameter_set.spec.journal,
                 self._stored,
                 fence,
+                pages,
             )
         own: Log = self._journal or Unlogged()
-        self._log = log(self, own) if log is not None else own
+        self._log = logged(self, own) if logged is not None else own
         parameter_set.keep(self._log)
+        if self._journal is not None:
+            with parameter_set.frozen() as state:
+                self._tell(state, Durability.JOURNAL)  # of what was read again and synced
 
     @property
     def is_behind(self) -> bool:
@@ -85,6 +94,11 @@ class Keeper:
         """The last event that is on stable storage; -1 before there is anything."""
         watermark = self.parameter_set.watermark
         return self._last_event if self._journal is None else max(watermark.journal, watermark.checkpoint)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the set acknowledges nothing until a restart, if so."""
+        return self._journal.failure if self._journal is not None else None
 
     def checkpoint(self, shared: Shared | None = None) -> None:
         """Write a checkpoint, unless nothing has happened since the last; raises StorageFailed, and the last still counts.
@@ -111,23 +125,39 @@ class Keeper:
                 self._checkpoint()
             except BaseException:
                 self.parameter_set = present
-                present.reinstate()
-                if self._journal is not None:
-                    self._journal.skip(present.events, present.position.version)
+                try:
+                    if self._journal is not None:
+                        self._go_on(self._journal, earlier)
+                finally:
+                    present.reinstate()
                 raise
             present.clear()
+
+    def _go_on(self, journal: Journal, earlier: ParameterSet) -> None:
+        """Let the journal go on where it was, unless a restart may find the set to be what it was earlier."""
+        if checkpoint.path_of(self.home, earlier.events).exists():
+            journal.fail("the set was half rewound, and acknowledges nothing more until a restart")
+        else:
+            journal.skip(self.parameter_set.events, self.parameter_set.position.version)
 
     def _checkpoint(self, shared: Shared | None = None) -> None:
         try:
             self._fence()
             state = self._write(shared)
-            self._remove_old()
         except OSError as error:
             raise StorageFailed(f"no checkpoint of {self.parameter_set.spec.id!r} was written: {error}") from error
+        try:
+            self._remove_old()
+        except OSError as error:
+            log.error("old checkpoints not removed", parameter_set=state.spec.id, reason=str(error))
         self._last_event = state.events
         self.written_at = time.monotonic()
+        self._published(checkpoint.path_of(self.home, state.events))
+        self._tell(state, Durability.CHECKPOINT)
+
+    def _tell(self, state: State, durability: Durability) -> None:
         pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
-        self._stored(Stored(state.events, state.position.version, pushed, Durability.CHECKPOINT))
+        self._stored(Stored(state.events, state.position.version, pushed, durability))
 
     def _stored(self, stored: Stored) -> None:
         self.parameter_set.stored(stored)
@@ -186,7 +216,7 @@ class Keeper:
         stalled = time.monotonic() - began
         try:
             draft.write(copies)
-            draft.publish()
+            draft.publish(self._fence)
         finally:
             draft.close()
         log.info(

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -14,11 +15,12 @@ log = structlog.get_logger()
 
 class Schedule:
     """Keeps a data directory up to date: every set is written `interval` seconds after its last checkpoint if it has changed,
-    a new one at once."""
+    a new one at once. `failed` is called once if a set acknowledges nothing any more, so that the server is restarted."""
 
-    def __init__(self, directory: DataDirectory, interval: float) -> None:
+    def __init__(self, directory: DataDirectory, interval: float, failed: Callable[[], None]) -> None:
         self._directory = directory
         self._interval = interval
+        self._failed = failed
         self._ended = threading.Event()
         self._wanted = threading.Event()
         self._threads = [
@@ -49,14 +51,21 @@ class Schedule:
                     set_id = keeper.parameter_set.spec.id
                     try:
                         self._directory.checkpoint(set_id)
-                    except OptserveError as error:  # deleted since, for one; the next time will tell
-                        log.error("no checkpoint", parameter_set=set_id, reason=str(error))
+                    except Exception as error:  # deleted since, for one; the next time will tell
+                        unexpected = None if isinstance(error, OptserveError) else error
+                        log.error("no checkpoint", parameter_set=set_id, reason=str(error), exc_info=unexpected)
                         keeper.written_at = time.monotonic()
 
     def _sync(self) -> None:
+        failed = False
         while not self._ended.wait(WINDOW / 8):
             for keeper in self._directory.keepers:
                 try:
                     keeper.sync_if_due()
                 except OptserveError:  # the log has it, and who pushes will hear it
                     continue
+                except Exception as error:
+                    log.error("journal not synced", home=str(keeper.home), exc_info=error)
+            if not failed and any(keeper.failure for keeper in self._directory.keepers):
+                failed = True
+                self._failed()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from optserve_server.storage import journal
-from optserve_server.storage.journal import RECORD_SIZE, SEGMENT_SIZE, Header, Segment
+from optserve_server.storage.journal import PREFIX, RECORD_SIZE, SEGMENT_SIZE, Header, Segment
 from optserve_server.storage.tensors import Damaged
 
 
@@ -47,7 +47,11 @@ class Tail:
 
     def record(self, event: int) -> Record | None:
         """The record of an event that is known to be stored, or None if no segment has it; raises Damaged or OSError."""
-        if self._file is not None and self._next <= event and (found := self._found(event)) is not None:
+        begun_there = (
+            self._home / f"{PREFIX}{event:020d}"
+        )  # what is in the segment before, with that number, does not count
+        begun = begun_there != self._path and begun_there.exists()
+        if self._file is not None and not begun and self._next <= event and (found := self._found(event)) is not None:
             return found
         for first, path in reversed(journal.segments(self._home)):
             if first <= event and self._opened(first, path) and (found := self._found(event)) is not None:
@@ -67,18 +71,17 @@ class Tail:
         except FileNotFoundError:  # removed just now
             return False
         self._path = path
-        self._salt, _, self._checksum = Segment(path, first).opened(self._file)
+        self._salt, _, self._checksum = Segment(path, first, journal.say_unfinished).opened(self._file)
         self._place, self._next = SEGMENT_SIZE, first
         return True
 
     def _found(self, event: int) -> Record | None:
         """Go on to the record of an event, past those before."""
         assert self._file is not None
-        while (header := journal.header_at(self._file, self._place, self._salt)) is not None:
-            if header.event != self._next:
-                return None
-            record = Record(header, self._path, self._file, self._place + RECORD_SIZE, self._checksum)
-            self._place += RECORD_SIZE + header.size
+        while self._next <= event and (there := journal.record_at(self._file, self._place, self._salt, self._next)):
+            place, header = there
+            record = Record(header, self._path, self._file, place + RECORD_SIZE, self._checksum)
+            self._place = place + RECORD_SIZE + header.size
             self._checksum = header.checksum
             self._next += 1
             if header.event == event:

@@ -28,6 +28,7 @@ _NAMES = {
     np.dtype(t): name
     for t, name in ((np.float32, "F32"), (np.float64, "F64"), (np.uint16, "U16"), (np.uint8, "U8"), (np.int64, "I64"))
 }
+_EXPORTED = {"float16": "F16", "bfloat16": "BF16"}  # written, but never read here: NumPy has no bfloat16 of its own
 _RESERVED = "__metadata__"
 
 
@@ -60,8 +61,12 @@ class Writer:
         header = _header(dict(zip(self._names, self._tensors, strict=True)), metadata)
         self._end = len(header) + self.nbytes
         self._file = File(path)
-        self._file.reserve(self._end)
-        self._file.write([header])
+        try:
+            self._file.reserve(self._end)
+            self._file.write([header])
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +97,7 @@ class Writer:
         self._file.cut(self._end)
         self._file.sync()
         return [
-            Entry(name, _NAMES[tensor.dtype], tensor.shape, checksum)
+            Entry(name, _dtype(tensor), tensor.shape, checksum)
             for name, tensor, checksum in zip(self._names, self._tensors, self._checksums, strict=True)
         ]
 
@@ -169,7 +174,7 @@ def _header(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     begin = 0
     for name, tensor in tensors.items():
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _dtype(tensor),
             "shape": list(tensor.shape),
             "data_offsets": [begin, begin + tensor.nbytes],
         }
@@ -177,6 +182,10 @@ def _header(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
     return len(text).to_bytes(8, "little") + text
+
+
+def _dtype(tensor: NDArray[Any]) -> str:
+    return _EXPORTED.get(tensor.dtype.name) or _NAMES[tensor.dtype]
 
 
 def _named(name: str, index: int) -> str:
