@@ -1,6 +1,7 @@
 """A warm standby has what its primary has, and takes over from it: nothing acknowledged is lost, nothing is there twice."""
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 import optserve
 from equality import assert_same
@@ -21,6 +23,7 @@ from optserve._transport import connect
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.standby_pb2 import FollowRequest
 from optserve_server import Config, Server
+from optserve_server.cli import app
 from optserve_server.replication import lease, primary
 from optserve_server.replication.lease import Lease
 from optserve_server.replication.replica import Replica
@@ -266,6 +269,33 @@ def promote_when_ready(standby: str | Server) -> pb.PromoteServerResponse:
     return promote(standby)
 
 
+def test_operators_promote_and_ask_by_command(leader: Server, standby: Server) -> None:
+    until(lambda: promotable(standby))
+    command = CliRunner()
+    assert "0 events behind; could be promoted" in command.invoke(app, ["status", "--address", standby.address]).output
+    assert f"followed by {standby.address}" in command.invoke(app, ["status", "--address", leader.address]).output
+    promoted = command.invoke(app, ["promote", "--address", standby.address])
+    assert "the former primary has stopped" in promoted.output
+    assert "serves already" in command.invoke(app, ["promote", "--address", standby.address]).output
+    assert ": deposed" in command.invoke(app, ["status", "--address", leader.address]).output
+    assert "must not serve any more" in command.invoke(app, ["promote", "--address", leader.address]).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"follow": "nowhere"}, "host:port"),
+        ({"promote_after": 10.0}, "primary that this server follows"),
+        ({"follow": "a:1", "promote_after": 0.0}, "at least 0.2 seconds"),
+        ({"wait_for_standby": True}, "data directory"),
+        ({"follow": "a:1", "data_dir": Path("x"), "checkpoint_store": "file:///y"}, "no checkpoint store"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
 def test_one_that_has_not_got_everything_is_not_promoted(tmp_path: Path) -> None:
     with serving(tmp_path / "standby", follow="127.0.0.1:1") as standby:
         with pytest.raises(optserve.FailedPrecondition, match="has not got everything"):
@@ -448,24 +478,32 @@ def test_a_primary_with_a_lease_waits_for_its_standby_when_it_restarts(tmp_path:
             assert status_of(again).phase == pb.PHASE_SERVING
 
 
-def test_a_standby_starts_over_with_a_primary_that_restarts_and_keeps_its_sets_until_then(
+def test_a_standby_starts_over_with_a_primary_that_was_killed_and_keeps_its_sets_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leader = serving(tmp_path / "a")
-    with Proxy(leader.address) as proxy, serving(tmp_path / "b", follow=proxy.address) as standby:
-        with leader, optserve.Client(leader.address) as client:
+    published: list[int] = []
+    with Proxy("127.0.0.1:1") as proxy, serving(tmp_path / "b", follow=proxy.address) as standby:
+        with serving(tmp_path / "a") as leader, optserve.Client(leader.address) as client:
+            proxy.target = leader.address
             weights = client.create_parameter_set("set", tensors(), optim.Adam(), journal="always")
             for step in range(4):
                 weights.push(tensors(step))
             await_equal(leader, standby)
-        before = standby._engine.get("set")
-        with serving(tmp_path / "a") as again, optserve.Client(again.address) as client:
-            weights = client.parameter_set("set")
-            proxy._target = ("127.0.0.1", int(again.address.rpartition(":")[2]))
-            assert standby._engine.get("set").events >= 4
-            until(lambda: standby._engine.get("set") is not before)
-            assert standby._engine.get("set").events >= 4
-            weights.push(tensors(4))
+            shutil.copytree(tmp_path / "a", tmp_path / "killed")  # a checkpoint of the beginning, and a journal
+            proxy.cut()
+            proxy.target = "127.0.0.1:1"
+        add = standby._engine.add
+
+        def noted(parameter_set: Any) -> None:
+            published.append(parameter_set.events)
+            add(parameter_set)
+
+        monkeypatch.setattr(standby._engine, "add", noted)
+        with serving(tmp_path / "killed") as again, optserve.Client(again.address) as client:
+            proxy.target = again.address
+            until(lambda: published)
+            assert published == [4]
+            client.parameter_set("set").push(tensors(4))
             await_equal(again, standby)
 
 
@@ -485,6 +523,59 @@ def test_a_connection_that_breaks_goes_on_where_it_was(tmp_path: Path) -> None:
                 proxy.cut()
         await_equal(leader, standby)
         assert standby._engine.get("set") is before
+
+
+def test_a_set_that_is_another_one_by_now_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "a") as leader,
+        Proxy(leader.address) as proxy,
+        serving(tmp_path / "b", follow=proxy.address) as standby,
+        optserve.Client(leader.address) as client,
+    ):
+        for seed, pushes in ((0, 3), (10, 5)):
+            weights = client.create_parameter_set("set", tensors(seed), optim.Adam(), journal="always")
+            client.create_parameter_set(f"gone-{seed}", tensors(), optim.Adam(), journal="always")
+            for step in range(pushes):
+                weights.push(tensors(seed + step))
+            proxy.target = leader.address
+            await_equal(leader, standby)
+            proxy.target = "127.0.0.1:1"
+            proxy.cut()
+            until(lambda: not status_of(leader).standby)
+            for each in client.list_parameter_sets():
+                client.parameter_set(each.id).delete()
+        client.create_parameter_set("set", tensors(20), optim.SGD(), journal="always").push(tensors())
+        proxy.target = leader.address
+        until(lambda: sets_of(standby) == {"set": 1})
+        await_equal(leader, standby)
+
+
+def test_a_standby_confirms_what_is_on_its_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        serving(tmp_path / "a", wait_for_standby=True) as leader,
+        serving(tmp_path / "b", follow=leader.address) as standby,
+        optserve.Client(leader.address) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        weights = client.create_parameter_set("set", {"x": np.zeros(3)}, COUNTING, journal="always")
+        weights.push({"x": np.ones(3)})
+        assert standby._storage is not None
+        keeper = standby._storage.keeper("set")
+        assert keeper is not None
+        reached, released, sync = threading.Event(), threading.Event(), keeper.sync
+
+        def held() -> None:
+            reached.set()
+            assert released.wait(60)
+            sync()
+
+        monkeypatch.setattr(keeper, "sync", held)
+        pushing = pool.submit(weights.push, {"x": np.ones(3)})
+        assert reached.wait(60)
+        assert sets_of(standby) == {"set": 2}
+        assert not pushing.done()
+        released.set()
+        assert pushing.result().version == 2
 
 
 def test_a_slow_standby_costs_the_primary_nothing_and_gets_a_newer_checkpoint(
