@@ -220,7 +220,7 @@ class OptimizerService:
             if created.spec.journal is not Journal.OFF or shared is not None:
                 storage.checkpoint(set_id, shared)  # from which the journal goes on
         except (OSError, StorageFailed) as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageFailed):
                 storage.delete(set_id)
             raise StorageFailed(f"parameter set {set_id!r} was not created: {error}") from error
 
@@ -277,9 +277,10 @@ class OptimizerService:
 
     def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
         with self._storing:
-            self._engine.delete(request.id)
+            self._engine.get(request.id)
             if self._storage is not None:
                 self._storage.delete(request.id)
+            self._engine.delete(request.id)
         return pb.DeleteParameterSetResponse()
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:

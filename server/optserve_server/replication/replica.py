@@ -256,13 +256,13 @@ class Replica:
 
     def _delete(self, set_id: str, copy: Copy) -> None:
         self._drop_incoming(copy)
+        if copy.present is not None:
+            if self._directory is not None:
+                self._directory.delete(set_id)
+            self._engine.delete(set_id)
         del self._copies[set_id]
         if self._expected is not None:
             self._expected.discard(set_id)
-        if copy.present is not None:
-            self._engine.delete(set_id)
-            if self._directory is not None:
-                self._directory.delete(set_id)
 
     def _drop_incoming(self, copy: Copy) -> None:
         if isinstance(copy.incoming, IncomingCheckpoint):

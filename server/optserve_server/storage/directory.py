@@ -269,13 +269,15 @@ class DataDirectory:
             )
 
     def delete(self, set_id: str) -> None:
-        """Remove a set; raises OSError if that can't be."""
+        """Remove a set; raises StorageFailed if that can't be."""
         with self._changing:
-            keeper = self._keepers.pop(set_id, None)
+            keeper = self._keepers.get(set_id)
         if keeper is not None:
             if self._uploads is not None:
                 self._uploads.delete(keeper.home.name)
             keeper.delete()
+            with self._changing:
+                del self._keepers[set_id]
             self.changes.note()
 
     def close(self) -> None:

@@ -191,11 +191,16 @@ class Keeper:
                 self._journal.close()
 
     def delete(self) -> None:
-        """Remove all of it; raises OSError."""
+        """Remove all of it; raises StorageFailed, and then nothing is removed."""
         with self._writing:
+            try:
+                files.remove_directory(self.home)
+            except OSError as error:
+                if self.home.exists():
+                    raise StorageFailed(f"{self.parameter_set.spec.id!r} was not deleted: {error}") from error
+                log.error("files of a deleted set are left", directory=str(self.home), reason=str(error))
             if self._journal is not None:
                 self._journal.close()
-            files.remove_directory(self.home)
 
     def _write(self, shared: Shared | None) -> State:
         most_copied = LEAST_COPIED + int(self._retention.copied * self.parameter_set.state_bytes)
