@@ -319,13 +319,13 @@ def test_there_is_one_standby_at_a_time(leader: Server, standby: Server, tmp_pat
         until(lambda: promotable(other))
 
 
-@pytest.mark.parametrize("promotion", ["by hand", "by itself"])
-def test_nothing_acknowledged_is_lost_if_the_primary_waits_for_its_standby_and_is_killed(
-    promotion: str, tmp_path: Path
+@pytest.mark.parametrize("failure", ["killed, promoted by hand", "killed, promoted by itself", "paused"])
+def test_nothing_acknowledged_is_lost_if_the_primary_waits_for_its_standby_and_fails(
+    failure: str, tmp_path: Path
 ) -> None:
     """Four workers push at full speed, and go on at the standby: each push that was acknowledged is there, each once."""
     listen = ("--listen", "127.0.0.1:0", "--data-dir")
-    lease = ("--promote-after", "1") if promotion == "by itself" else ()
+    lease = () if "by hand" in failure else ("--promote-after", "1")
     with (
         running(*listen, f"{tmp_path}/a", "--wait-for-standby", log=tmp_path / "a.log") as leader,
         running(*listen, f"{tmp_path}/b", "--follow", leader.address, *lease, log=tmp_path / "b.log") as standby,
@@ -345,8 +345,14 @@ def test_nothing_acknowledged_is_lost_if_the_primary_waits_for_its_standby_and_i
         with ThreadPoolExecutor(4) as pool:
             pushing = [pool.submit(push, k) for k in range(4)]
             until(lambda: min(acknowledged) >= 20)
-            leader.stop(signal.SIGKILL)
-            if promotion == "by hand":
+            if failure == "paused":
+                leader.process.send_signal(signal.SIGSTOP)
+                until(lambda: status_of(standby.address).phase == pb.PHASE_SERVING)
+                leader.process.send_signal(signal.SIGCONT)
+                until(lambda: status_of(leader.address).phase == pb.PHASE_DEPOSED)
+            else:
+                leader.stop(signal.SIGKILL)
+            if "by hand" in failure:
                 assert not promote(standby.address).deposed
             before = list(acknowledged)
             until(lambda: all(now > then + 20 for now, then in zip(acknowledged, before, strict=True)))
