@@ -95,12 +95,12 @@ def forget_failures(self: Journal) -> None:
 def publish_before_it_is_whole(self: Draft, fence: Callable[[], None]) -> None:
     entries = {name: writer.finish() for name, writer in self._writers.items()}
     files.rename(self._temporary, self.path)
-    files.sync_directory(self._home)
+    files.sync_directory(self.path.parent)
     with File(self.path / MANIFEST) as file:
         file.write([to_bytes(Manifest(self.state, entries))])
         file.sync()
     files.sync_directory(self.path)
-    files.write_file(self._home / CURRENT, self.path.name.encode())
+    files.write_file(self.path.parent / CURRENT, self.path.name.encode())
 
 
 def remove_what_the_older_checkpoint_needs(self: Keeper) -> None:
