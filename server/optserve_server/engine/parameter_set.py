@@ -114,6 +114,11 @@ class ParameterSet:
         return self._events
 
     @property
+    def gone(self) -> bool:
+        """Whether it refuses everything, since it was retired or deleted."""
+        return self._gone is not None
+
+    @property
     def forgotten(self) -> int:
         """The last epoch that is over."""
         return self._sessions.forgotten
