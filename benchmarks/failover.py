@@ -1,6 +1,6 @@
 """What a standby costs, how far it is behind, and how long it takes to go on with it after the primary was killed.
 
-`python -m benchmarks.failover` prints all of it. Both servers and the worker share this machine, so the update of the standby
+Both servers and the worker share this machine, so the update of the standby
 takes processors and the disk from the primary, which it would not on a machine of its own.
 """
 
@@ -22,6 +22,7 @@ from rich.table import Table
 import optserve
 from benchmarks.contender import timed
 from benchmarks.durability import TENSOR, serving
+from benchmarks.measure import keep
 from benchmarks.peers.gradient import gradient
 from benchmarks.units import count, duration
 from optserve import optim
@@ -118,20 +119,20 @@ def following(size: int, steps: int) -> dict[str, tuple[float, float]]:
 
 
 def run() -> None:
-    """Measure, and print."""
+    """Measure, and keep the figures."""
     console = Console()
+    steps = {size: following(size, each) for size, each in SIZES.items()}
+    kills = {
+        "promoted at once by hand": [failover(leased=False) for _ in range(KILLS)],
+        f"lease of {LEASE:g} s": [failover(leased=True) for _ in range(KILLS)],
+    }
     table = Table("a step", "parameters", "median", "÷ alone", "events behind", box=box.SIMPLE)
-    for size, steps in SIZES.items():
-        found = following(size, steps)
+    for size, found in steps.items():
         for name, (seconds, lag) in found.items():
             table.add_row(name, count(size), duration(seconds), f"{seconds / found['alone'][0]:.2f}", f"{lag:g}")
     console.print(table)
     table = Table("from kill -9 to the first acknowledged push", "median", "worst", box=box.SIMPLE)
-    for name, leased in (("promoted at once by hand", False), (f"lease of {LEASE:g} s", True)):
-        times = [failover(leased=leased) for _ in range(KILLS)]
+    for name, times in kills.items():
         table.add_row(name, duration(statistics.median(times)), duration(max(times)))
     console.print(table)
-
-
-if __name__ == "__main__":
-    run()
+    console.print(f"kept in {keep('failover', {'steps': steps, 'kills': kills})}")
