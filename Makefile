@@ -13,12 +13,16 @@ test: .venv/dev  ## the whole test suite, in two processes
 mutants: .venv/dev  ## change every expression of the rules, one at a time: do the tests see it? takes ten minutes
 	$(BIN)/python tests/mutants.py
 
-torture: .venv/dev  ## kill a server 1000 times under load, drop 10000 acknowledgements: a quarter of an hour
+torture: .venv/dev  ## kill a server 1000 times under load, drop 10000 acknowledgements, lose power, damage files: half an hour
 	$(BIN)/python -m tests.torture.kills
 	$(BIN)/python -m tests.torture.dropped_acks
+	$(BIN)/python -m tests.torture.power_loss
+	$(BIN)/python -m tests.torture.damage
+	$(BIN)/python -m tests.torture.failpoints
 
 wrong: .venv/dev  ## servers and workers that are wrong on purpose: do the checks see it?
 	$(BIN)/python -m tests.torture.wrong
+	$(BIN)/python -m tests.torture.wrong_storage
 
 check: .venv/dev  ## lint, types, generated code
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ check: .venv/dev  ## lint, types, generated code
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_project.py
 
-bench: .venv/bench  ## measure against the memory's bandwidth, torch, gRPC, Arrow Flight and Ray; takes a quarter of an hour and 16 GB
+bench: .venv/bench  ## measure against the memory, the disk, torch, gRPC, Arrow Flight and Ray; takes twenty minutes and 16 GB
 	$(BIN)/python -m benchmarks
 
 format: .venv/dev

@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: its idle threads spin otherwise
 
-from benchmarks import durability, rules, wire
+from benchmarks import durability, failover, rules, wire
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; by default everything.")
 parser.add_argument("name", nargs="?", choices=("rules", "wire", "durability"))
@@ -25,3 +25,4 @@ if arguments.name in (None, "wire"):
     wire.run(arguments.sizes or list(wire.EFFORTS))
 if arguments.name in (None, "durability"):
     durability.run()
+    failover.run()

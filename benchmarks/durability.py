@@ -137,7 +137,6 @@ def checkpoints(directory: Path, rounds: int) -> dict[str, Any]:
     """Rates of checkpoints and of the disk, steps with and without one, and memory."""
     with serving(directory / "all") as (address, process), optserve.Client(address) as client:
         worker = Worker.of(client, SIZE)
-        before = resident(process, "VmRSS")
         figures: dict[str, list[Any]] = {
             name: [] for name in ("disk", "checkpoint", "alone", "beside", "worst", "usual")
         }
@@ -157,25 +156,20 @@ def checkpoints(directory: Path, rounds: int) -> dict[str, Any]:
         "of_disk": _ratios(figures["disk"], figures["checkpoint"]),
         "beside_over_alone": _ratios(figures["beside"], figures["alone"]),
         "worst_over_allowed": _ratios(figures["worst"], [each + worker.nbytes / 8e9 for each in figures["alone"]]),
-        "memory_over_state": {"before": before / worker.nbytes, "peak": peak / worker.nbytes},
+        "peak_memory": peak,
         "seconds": figures,
     }
 
 
-def capped(directory: Path, rounds: int) -> dict[str, Any]:
-    """The step that waits if a quarter of the state may be copied."""
+def capped(directory: Path, rounds: int, part: float) -> dict[str, Any]:
+    """The step that waits if only a part of the state may be copied."""
     with (
-        serving(directory / "quarter", "--checkpoint-copy", "0.25") as (address, process),
+        serving(directory / f"copied-{part}", "--checkpoint-copy", str(part)) as (address, process),
         optserve.Client(address) as client,
     ):
         worker = Worker.of(client, SIZE)
-        before = resident(process, "VmRSS")
         worst = [max(worker.steps_beside_a_checkpoint()) for _ in range(rounds)]
-        peak = resident(process, "VmHWM")
-    return {
-        "stalled_step": worst,
-        "memory_over_state": {"before": before / worker.nbytes, "peak": peak / worker.nbytes},
-    }
+        return {"stalled_step": worst, "peak_memory": resident(process, "VmHWM")}
 
 
 def journals(directory: Path, rounds: int) -> dict[int, Any]:
@@ -218,7 +212,7 @@ def run(rounds: int = ROUNDS) -> None:
         directory = Path(name)
         figures = {
             "checkpoints": checkpoints(directory, rounds),
-            "capped": capped(directory, rounds // 2),
+            "capped": {part: capped(directory, rounds // 2, part) for part in (0.25, 0.0)},
             "journals": journals(directory, rounds),
             "restarts": restarts(directory, rounds // 2),
         }
@@ -264,11 +258,12 @@ def _show(figures: dict[str, Any]) -> None:
         table.add_row(name, f"{median:.2f}", f"{low:.2f}–{high:.2f}")
     console = Console()
     console.print(table)
-    for name, each in (("all of the state copied", made), ("a quarter copied", figures["capped"])):
-        memory = each["memory_over_state"]
-        console.print(f"memory ÷ state, {name}: {memory['before']:.2f} before, {memory['peak']:.2f} at most")
-    stalled = statistics.median(figures["capped"]["stalled_step"])
-    console.print(f"the step that waits, a quarter copied: {duration(stalled)}")
+    least = figures["capped"][0.0]["peak_memory"]
+    for part, peak in ((1.0, made["peak_memory"]), (0.25, figures["capped"][0.25]["peak_memory"])):
+        console.print(f"memory ÷ state, {part:g} of it copied: {1 + (peak - least) / made['bytes']:.2f}")
+    for part, each in figures["capped"].items():
+        stalled = statistics.median(each["stalled_step"])
+        console.print(f"the step that waits, {part:g} of the state copied: {duration(stalled)}")
     for size, each in figures["journals"].items():
         seconds = ", ".join(f"{name} {duration(statistics.median(values))}" for name, values in each["seconds"].items())
         console.print(f"a step of {count(size)}: {seconds}")

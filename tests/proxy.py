@@ -13,14 +13,14 @@ class Proxy:
 
     `swallow_answers()` drops what the server sends from now on; `cut()` breaks every connection and forwards again.
     `limit` asks, for each new connection, how many bytes it may carry before it breaks; `answers`, how many messages of the
-    server's it may carry: the next one is dropped, which is counted in `dropped`, and the connection breaks.
+    server's it may carry: the next one is dropped, which is counted in `dropped`, and the connection breaks. New connections
+    go to `target`.
     """
 
     def __init__(
         self, target: str, limit: Callable[[], int] | None = None, answers: Callable[[], int] | None = None
     ) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self.target = target
         self._limit = limit
         self._answers = answers
         self._swallowing = False
@@ -69,7 +69,8 @@ class Proxy:
             except OSError:
                 return
             try:
-                server = socket.create_connection(self._target)
+                host, _, port = self.target.rpartition(":")
+                server = socket.create_connection((host, int(port)))
             except OSError:  # the server is not there now, as after a restart
                 client.close()
                 continue

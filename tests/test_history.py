@@ -13,11 +13,10 @@ import pytest
 
 import optserve
 from direct import restored
+from equality import assert_same
 from optserve import formats, optim, schedules
 from optserve._errors import InvalidArgument
-from optserve._messages import encode_receipt
 from optserve_server import Config, Server
-from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 
 Array = np.ndarray[Any, Any]
@@ -76,36 +75,6 @@ def assert_repeats(durable: Server, tmp_path: Path) -> State:
     theirs = restored(tmp_path / "copy")
     assert_same(ours, theirs)
     return theirs.capture()
-
-
-def assert_same(ours: ParameterSet, theirs: ParameterSet) -> None:
-    expected, state = ours.capture(), theirs.capture()
-    entries = state.entries()
-    for name, arrays in expected.entries().items():
-        for tensor, array in arrays.items():
-            assert array.tobytes() == entries[name][tensor].tobytes(), (name, tensor)
-    assert (state.events, state.position.version) == (expected.events, expected.position.version)
-    assert (state.optimizers, state.changes, state.keys) == (expected.optimizers, expected.changes, expected.keys)
-    assert state.progress.steps.tolist() == expected.progress.steps.tolist()
-    assert state.progress.memory == expected.progress.memory
-    for name, values in expected.progress.group_memory.items():
-        np.testing.assert_array_equal(state.progress.group_memory[name], values)
-    for name in ("accumulated", "accumulating", "skipped"):
-        assert getattr(state.progress, name) == getattr(expected.progress, name), name
-    pushed = {client: session for client, session in sessions_of(expected).items() if session[1]}
-    assert sessions_of(state) == pushed
-
-
-def sessions_of(state: State) -> dict[str, tuple[int, int, list[bytes]]]:
-    """Epoch, last sequence and receipts by client."""
-    return {
-        each.client_id: (
-            each.epoch,
-            each.last_sequence,
-            [encode_receipt(kept.receipt).SerializeToString(deterministic=True) for kept in each.receipts.values()],
-        )
-        for each in state.sessions
-    }
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,13 @@ def test_dependencies_point_one_way() -> None:
         "failures": 0,
         "local_channel": 1,
         "shared_memory": 2,
+        "replication": 2,
+        "config": 2,
+        "peer": 2,
+        "pair": 2,
         "step": 2,
         "service": 3,
         "interceptor": 3,
-        "config": 3,
         "server": 4,
     }
     ranks |= {"logs": 4, "__init__": 5, "demo": 6, "cli": 7, "__main__": 8}

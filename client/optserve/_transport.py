@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SERVICE = optimizer_service_pb2.DESCRIPTOR.services_by_name["OptimizerService"]
 Outgoing = queue.SimpleQueue[Iterable[Frame[StepRequest]] | None]
 
+FOLLOW = "Follow"  # between servers only
+
 REASON_KEY = "optserve-reason"  # trailing metadata: the stable name of an error
 MEMORY = ":memory:"
 SERVING = b"\x08\x01"  # a grpc.health.v1.HealthCheckResponse whose status is 1
@@ -117,7 +119,7 @@ class GrpcTransport:
         self._address = address
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._deadlines = Deadlines()
-        self._methods = {method.name: self._bind(method) for method in SERVICE.methods}
+        self._methods = {method.name: self._bind(method) for method in SERVICE.methods if method.name != FOLLOW}
         self._health: Callable[..., Any] = self._channel.unary_unary("/grpc.health.v1.Health/Check")
 
     def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
@@ -162,7 +164,7 @@ class GrpcTransport:
     def _bind(self, method: Any) -> Callable[..., Any]:
         path = f"/{SERVICE.full_name}/{method.name}"
         response: Any = getattr(optimizer_service_pb2, method.output_type.name, None)
-        if method.client_streaming and method.server_streaming:
+        if method.name == "Step":
             return self._channel.stream_stream(path, Frame.to_bytes, lambda data: Frame.from_bytes(StepResponse, data))
         if method.server_streaming:
             return self._channel.unary_stream(path, serialize, lambda data: Frame.from_bytes(response, data))

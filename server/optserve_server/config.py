@@ -1,11 +1,13 @@
 """The server's configuration: one value, checked when it is built."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from optserve_server.storage.keeper import Retention
 
+SHORTEST_LEASE = 0.2  # seconds; less is not told from a busy processor
 LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 
@@ -26,6 +28,10 @@ class Config:
     try again. `max_shared_memory` bounds the bytes that workers on this host may hold for gradients in memory shared with the
     server, beyond which, and with 0, they send them. An upload that makes no progress for `upload_timeout` seconds is ended.
     `grace` is how many seconds pushes in flight get to finish on shutdown.
+
+    With `follow`, the server is a standby of the one at that address: it has the same sets, and serves once it is promoted, by
+    itself if `promote_after` seconds have passed without a word of that one. With `wait_for_standby`, a server acknowledges
+    pushes to sets with a journal only once its standby has confirmed them, and none without one.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -41,6 +47,9 @@ class Config:
     max_shared_memory: int = 4 << 30
     upload_timeout: float = 30.0
     grace: float = 30.0
+    follow: str | None = None
+    promote_after: float | None = None
+    wait_for_standby: bool = False
 
     def __post_init__(self) -> None:
         if ":" not in self.listen:
@@ -73,6 +82,24 @@ class Config:
             raise ValueError(f"expected an upload timeout above 0 seconds; got {self.upload_timeout}")
         if self.grace < 0:
             raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
+        self._check_standby()
+
+    def _check_standby(self) -> None:
+        if self.follow is not None and ":" not in self.follow:
+            raise ValueError(f"expected the address of a primary to follow, as host:port; got {self.follow!r}")
+        if self.promote_after is not None and self.follow is None:
+            raise ValueError("expected the primary that this server follows, with the time after which it is promoted")
+        if self.promote_after is not None and not SHORTEST_LEASE <= self.promote_after < math.inf:
+            raise ValueError(f"expected promotion after at least {SHORTEST_LEASE} seconds; got {self.promote_after}")
+        if self.follow is not None and self.checkpoint_store is not None:
+            raise ValueError(
+                "expected no checkpoint store for a standby: the primary copies its checkpoints there; give the store to this "
+                "server when it is started as a primary"
+            )
+        if self.wait_for_standby and self.data_dir is None:
+            raise ValueError(
+                "expected a data directory for a server that waits for its standby, which gets what that has"
+            )
 
     @property
     def retention(self) -> Retention:

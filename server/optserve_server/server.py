@@ -17,16 +17,21 @@ from optserve._errors import InvalidArgument
 from optserve._transport import SERVICE, serialize
 from optserve._wire import LARGEST_MESSAGE, Frame
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.standby_pb2 import FollowRequest, FollowResponse
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.config import Config
 from optserve_server.engine.buffers import private
 from optserve_server.engine.engine import Engine
+from optserve_server.engine.history import Log
 from optserve_server.engine.rules import own
 from optserve_server.interceptor import ErrorInterceptor
+from optserve_server.pair import Pair
+from optserve_server.replication.follower import Follower
 from optserve_server.service import OptimizerService
 from optserve_server.shared_memory import SharedMemory, shareable
 from optserve_server.stalls import Stalls
 from optserve_server.storage.directory import DataDirectory
+from optserve_server.storage.keeper import Keeper
 from optserve_server.storage.schedule import Schedule
 
 log = structlog.get_logger()
@@ -48,7 +53,8 @@ OPTIONS: list[tuple[str, int]] = [
 class Server:
     """A running server: `with Server(Config(listen="127.0.0.1:0")) as server: ... server.address`.
 
-    Raises InvalidRule for a file of rules that can't be used, OSError if it can't listen there.
+    Raises InvalidRule for a file of rules that can't be used, ValueError for a data directory that can't, OSError if it can't
+    listen there.
     """
 
     def __init__(self, config: Config) -> None:
@@ -65,34 +71,42 @@ class Server:
             acquired.callback(self._stalls.close)
             self._storage: DataDirectory | None = None
             if config.data_dir is not None:
-                self._storage = DataDirectory(config.data_dir, config.retention, config.checkpoint_store)
+                self._storage = DataDirectory(
+                    config.data_dir, config.retention, config.checkpoint_store, self._acknowledged
+                )
                 acquired.callback(self._storage.close)
+            self._pair = Pair(config, self._engine, self._storage, self._tell_health)
+            acquired.callback(self._pair.close)
             self._service = OptimizerService(
                 self._engine,
                 self._storage,
                 max_streams=config.max_streams,
                 max_bytes_in_flight=config.max_bytes_in_flight,
                 shared_memory=self._shared_memory,
+                pair=self._pair,
             )
             self._health = health.HealthServicer()
             self._grpc = self._build()
             acquired.callback(self._grpc.stop, None)
             self.address = self._bind(config.listen)
+            self._pair.stand(self.address, self._serve)
             self._acquired = acquired.pop_all()
         self._stopping = threading.Lock()
+        self._failed = False
 
     def start(self) -> Self:
-        """Restore what the data directory has, saying so to who asks, then serve."""
+        """Restore what the data directory has, saying so to who asks, then serve; a standby follows, from nothing."""
         try:
-            self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_RESTORING)
-            self._grpc.start()
-            self._restore()
+            if self._pair.follower is not None:
+                self._follow(self._pair.follower)
+            else:
+                self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_RESTORING)
+                self._grpc.start()
+                self._restore()
+                self._serve()
         except BaseException:
             self._acquired.close()
             raise
-        self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_SERVING)
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        log.info("serving", address=self.address)
         if not self.config.is_local:
             log.warning("anyone who reaches this address can use it: there is no authentication", address=self.address)
         return self
@@ -106,6 +120,7 @@ class Server:
             return
         grace = self.config.grace if grace is None else grace
         with self._acquired:
+            self._pair.close()
             self._health.enter_graceful_shutdown()
             self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_DRAINING)
             self._service.streams.close()
@@ -121,6 +136,23 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+    def _acknowledged(self, keeper: Keeper, own: Log) -> Log:
+        """The log of a set that says nothing which the other server may say otherwise."""
+        assert self._pair.primary is not None
+        return self._pair.primary.log(keeper, own)
+
+    def _serve(self) -> None:
+        self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_SERVING)
+        self._tell_health()
+        log.info("serving", address=self.address)
+
+    def _follow(self, follower: Follower) -> None:
+        self._service.status = pb.GetServerStatusResponse(phase=pb.PHASE_STANDBY, primary=self.config.follow)
+        self._grpc.start()
+        self._keep()
+        follower.start()
+        log.info("following", primary=self.config.follow, address=self.address)
 
     def _build(self) -> grpc.Server:
         server = grpc.server(
@@ -144,13 +176,27 @@ class Server:
             self._service.status = pb.GetServerStatusResponse(phase=restoring, bytes_read=read, bytes_total=total)
 
         self._storage.restore(self._engine, note)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write checkpoints from now on."""
+        if self._storage is None:
+            return
         schedule = Schedule(self._storage, self.config.checkpoint_interval, self._fail)
         self._acquired.callback(schedule.close)
         self._service.schedule = schedule
 
     def _fail(self) -> None:
         """Tell who watches over servers that this one needs a restart."""
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._failed = True
+        self._tell_health()
+
+    def _tell_health(self) -> None:
+        primary = self._pair.primary
+        serves = self._service.status.phase == pb.PHASE_SERVING and not self._failed
+        serves = serves and not (primary is not None and primary.deposed)
+        status = health_pb2.HealthCheckResponse
+        self._set_health(status.SERVING if serves else status.NOT_SERVING)
 
     def _bind(self, listen: str) -> str:
         try:
@@ -196,7 +242,12 @@ def _handler(service: OptimizerService, stalls: Stalls, method: Any) -> Any:
         with stalls.watch(context) as watch:
             yield from watch.taken(service.call(name, _parsed(kind, request)))
 
+    def follow(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[FollowResponse]:
+        yield from service.follow(_parsed(FollowRequest, request) for request in requests)
+
     kind = getattr(pb, method.input_type.name, None)
+    if name == "Follow":
+        return grpc.stream_stream_rpc_method_handler(follow, None, serialize)
     if method.client_streaming and method.server_streaming:
         return grpc.stream_stream_rpc_method_handler(step, None, Frame.to_bytes)
     if method.client_streaming:

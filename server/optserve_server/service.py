@@ -38,6 +38,7 @@ from optserve._specification import Holds, Journal, ParameterSetSpec, TensorSpec
 from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
+from optserve.v1.standby_pb2 import FollowRequest, FollowResponse
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 from optserve_server.engine import forks, outlines
 from optserve_server.engine.engine import Engine
@@ -46,6 +47,8 @@ from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import known, rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.gate import Gate
+from optserve_server.pair import Pair
+from optserve_server.replication.follower import Follower
 from optserve_server.shared_memory import SharedMemory
 from optserve_server.stalls import Watch
 from optserve_server.step import StepStream
@@ -58,6 +61,7 @@ ExportFrames = Iterator[Frame[pb.ExportParameterSetResponse]]
 
 log = structlog.get_logger()
 
+ALWAYS_ANSWERED = frozenset({"GetServerStatus", "PromoteServer"})
 LARGEST_SPECIFICATION = 4 << 20  # bytes; descriptions, which repeat names, stay below the 16 MiB of a message
 
 
@@ -72,11 +76,14 @@ class OptimizerService:
         max_streams: int = sys.maxsize,
         max_bytes_in_flight: int = sys.maxsize,
         shared_memory: SharedMemory | None = None,
+        pair: Pair | None = None,
     ) -> None:
         self._engine = engine
         self._storage = storage
         self._storing = threading.Lock()  # a checkpoint and a deletion of one set must not overtake each other
         self._shared_memory = shared_memory
+        self._primary = pair.primary if pair is not None else None
+        self._pair = pair
         self.streams = Gate("streams", max_streams)
         self.pushes = Gate("bytes of tensors in flight", max_bytes_in_flight)
         self._methods: dict[str, Callable[[Any], Any]] = {
@@ -90,6 +97,7 @@ class OptimizerService:
             "RewindParameterSet": self.rewind_parameter_set,
             "ForkParameterSet": self.fork_parameter_set,
             "GetServerStatus": self.get_server_status,
+            "PromoteServer": self.promote_server,
             "ListRules": self.list_rules,
         }
         self.schedule: Schedule | None = None
@@ -97,9 +105,12 @@ class OptimizerService:
 
     def call(self, method: str, request: Any) -> Any:
         """Call a method that is not Step, by its name in the contract; one that answers with a stream gives its frames."""
-        if method != "GetServerStatus":
-            self._check_serving()
-        return self._methods[method](request)
+        if method in ALWAYS_ANSWERED:
+            return self._methods[method](request)
+        self._check_serving()
+        response = self._methods[method](request)
+        self._check_serving()  # what happened must not be acknowledged if another server may serve by now
+        return response
 
     def step(self, frames: Iterator[Frame[StepRequest]], watch: Watch | None = None) -> Generator[Frame[StepResponse]]:
         """Serve one Step stream."""
@@ -114,9 +125,45 @@ class OptimizerService:
             raise ServerUnavailable(
                 f"the server is restoring: {status.bytes_read:,} of {status.bytes_total:,} bytes read; try again later"
             )
+        if status.phase == pb.PHASE_STANDBY:
+            raise ServerUnavailable(
+                f"this is a standby of {status.primary}; ask the primary, or promote this server if that is gone "
+                "(optserve promote)"
+            )
+        if self._primary is not None:
+            self._primary.check()
+
+    @property
+    def _following(self) -> Follower | None:
+        """What follows the primary, if this is a standby."""
+        standby = self._pair is not None and self.status.phase == pb.PHASE_STANDBY
+        return self._pair.follower if self._pair is not None and standby else None
+
+    def follow(self, requests: Iterator[FollowRequest]) -> Iterator[FollowResponse]:
+        """Serve one stream of a standby."""
+        phase = self.status.phase
+        if self._primary is None:
+            raise NoDataDirectory("expected a primary started with --data-dir: a standby gets what that has")
+        if phase not in (pb.PHASE_SERVING, pb.PHASE_STANDBY):
+            raise ServerUnavailable(f"the server does not serve: {pb.Phase.Name(phase)}; try again later")
+        yield from self._primary.follow(requests)
 
     def get_server_status(self, request: pb.GetServerStatusRequest) -> pb.GetServerStatusResponse:
-        return self.status
+        status = pb.GetServerStatusResponse()
+        status.CopyFrom(self.status)
+        if (follower := self._following) is not None:
+            status.promotable, status.lag = follower.promotable, follower.lag
+        elif self._primary is not None and status.phase == pb.PHASE_SERVING:
+            status.standby, status.lag = self._primary.standby, self._primary.lag
+            if self._primary.deposed or self._primary.lapsed:
+                status.phase = pb.PHASE_DEPOSED if self._primary.deposed else pb.PHASE_LAPSED
+        return status
+
+    def promote_server(self, request: pb.PromoteServerRequest) -> pb.PromoteServerResponse:
+        if (follower := self._following) is not None:
+            return pb.PromoteServerResponse(promoted=True, deposed=follower.promote())
+        claimed = self._primary is not None and self._primary.claim()
+        return pb.PromoteServerResponse(promoted=claimed)
 
     def create_parameter_set(self, frames: CreationFrames) -> pb.CreateParameterSetResponse:
         with self.streams.room():  # an upload is a stream, and occupies a thread as one
@@ -174,7 +221,7 @@ class OptimizerService:
             if created.spec.journal is not Journal.OFF or shared is not None:
                 storage.checkpoint(set_id, shared)  # from which the journal goes on
         except (OSError, StorageFailed) as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageFailed):
                 storage.delete(set_id)
             raise StorageFailed(f"parameter set {set_id!r} was not created: {error}") from error
 
@@ -231,15 +278,10 @@ class OptimizerService:
 
     def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
         with self._storing:
-            self._engine.delete(request.id)
+            self._engine.get(request.id)
             if self._storage is not None:
-                try:
-                    self._storage.delete(request.id)
-                except OSError as error:
-                    raise StorageFailed(
-                        f"parameter set {request.id!r} is deleted, but files of it are left, and a restart may bring it back: "
-                        f"{error}. Make the disk writable; then create it again, and delete that"
-                    ) from error
+                self._storage.delete(request.id)
+            self._engine.delete(request.id)
         return pb.DeleteParameterSetResponse()
 
     def checkpoint_parameter_set(self, request: pb.CheckpointParameterSetRequest) -> pb.CheckpointParameterSetResponse:

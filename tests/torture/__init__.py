@@ -1,4 +1,5 @@
-"""Torture: real processes are killed, acknowledgements are dropped, and every push is accounted for.
+"""Torture: real processes are killed, acknowledgements are dropped, power is lost, and every push is accounted for.
 
-`kills` and `dropped_acks` run for as long as one likes, from the root of the repository; `wrong` shows that they see mistakes.
+From the root of the repository, for as long as one likes: `kills` and `dropped_acks` with servers and workers; `power_loss`,
+`damage` and `failpoints` with engine and storage in one process. `wrong` and `wrong_storage` show that they see mistakes.
 """

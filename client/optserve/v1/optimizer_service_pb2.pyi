@@ -1,5 +1,6 @@
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
+from optserve.v1 import standby_pb2 as _standby_pb2
 from optserve.v1 import state_pb2 as _state_pb2
 from optserve.v1 import step_pb2 as _step_pb2
 from optserve.v1 import tensor_pb2 as _tensor_pb2
@@ -18,10 +19,16 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_RESTORING: _ClassVar[Phase]
     PHASE_SERVING: _ClassVar[Phase]
     PHASE_DRAINING: _ClassVar[Phase]
+    PHASE_STANDBY: _ClassVar[Phase]
+    PHASE_DEPOSED: _ClassVar[Phase]
+    PHASE_LAPSED: _ClassVar[Phase]
 PHASE_UNSPECIFIED: Phase
 PHASE_RESTORING: Phase
 PHASE_SERVING: Phase
 PHASE_DRAINING: Phase
+PHASE_STANDBY: Phase
+PHASE_DEPOSED: Phase
+PHASE_LAPSED: Phase
 
 class CreateParameterSetRequest(_message.Message):
     __slots__ = ("spec", "exist_ok", "chunk", "state")
@@ -158,14 +165,34 @@ class GetServerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerStatusResponse(_message.Message):
-    __slots__ = ("phase", "bytes_read", "bytes_total")
+    __slots__ = ("phase", "bytes_read", "bytes_total", "primary", "promotable", "standby", "lag")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PRIMARY_FIELD_NUMBER: _ClassVar[int]
+    PROMOTABLE_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     bytes_read: int
     bytes_total: int
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., bytes_read: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
+    primary: str
+    promotable: bool
+    standby: str
+    lag: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., bytes_read: _Optional[int] = ..., bytes_total: _Optional[int] = ..., primary: _Optional[str] = ..., promotable: bool = ..., standby: _Optional[str] = ..., lag: _Optional[int] = ...) -> None: ...
+
+class PromoteServerRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PromoteServerResponse(_message.Message):
+    __slots__ = ("promoted", "deposed")
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    DEPOSED_FIELD_NUMBER: _ClassVar[int]
+    promoted: bool
+    deposed: bool
+    def __init__(self, promoted: bool = ..., deposed: bool = ...) -> None: ...
 
 class ListRulesRequest(_message.Message):
     __slots__ = ()

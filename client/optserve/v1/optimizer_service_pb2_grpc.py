@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from optserve.v1 import optimizer_service_pb2 as optserve_dot_v1_dot_optimizer__service__pb2
+from optserve.v1 import standby_pb2 as optserve_dot_v1_dot_standby__pb2
 from optserve.v1 import step_pb2 as optserve_dot_v1_dot_step__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -88,6 +89,16 @@ class OptimizerServiceStub(object):
                 '/optserve.v1.OptimizerService/GetServerStatus',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.FromString,
+                _registered_method=True)
+        self.Follow = channel.stream_stream(
+                '/optserve.v1.OptimizerService/Follow',
+                request_serializer=optserve_dot_v1_dot_standby__pb2.FollowRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_standby__pb2.FollowResponse.FromString,
+                _registered_method=True)
+        self.PromoteServer = channel.unary_unary(
+                '/optserve.v1.OptimizerService/PromoteServer',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerResponse.FromString,
                 _registered_method=True)
         self.ListRules = channel.unary_unary(
                 '/optserve.v1.OptimizerService/ListRules',
@@ -190,6 +201,24 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Follow(self, request_iterator, context):
+        """Sends another server, a standby, all that is on stable storage here and will be, so that it can take over.
+        Message order: see FollowRequest and FollowResponse.
+        Errors: FAILED_PRECONDITION (no data directory; another standby is there), UNAVAILABLE (the server does not serve).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteServer(self, request, context):
+        """Lets a standby serve, after the primary, if that answers, has given it everything and stopped. Lets a server serve
+        that stopped because of its standby: that one must not serve then. A server that serves does so already.
+        Errors: FAILED_PRECONDITION (the standby has not got everything yet), UNAVAILABLE (the disk refused).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRules(self, request, context):
         """Lists the rules with hyperparameters, defaults and documentation.
         """
@@ -261,6 +290,16 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.GetServerStatus,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.SerializeToString,
+            ),
+            'Follow': grpc.stream_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=optserve_dot_v1_dot_standby__pb2.FollowRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_standby__pb2.FollowResponse.SerializeToString,
+            ),
+            'PromoteServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteServer,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerResponse.SerializeToString,
             ),
             'ListRules': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRules,
@@ -547,6 +586,60 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/GetServerStatus',
             optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.GetServerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/optserve.v1.OptimizerService/Follow',
+            optserve_dot_v1_dot_standby__pb2.FollowRequest.SerializeToString,
+            optserve_dot_v1_dot_standby__pb2.FollowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/PromoteServer',
+            optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.PromoteServerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,7 +1,7 @@
 """Commands that run servers: `serve`, `demo`; and `health`, which asks one how it is."""
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import optserve
+from optserve._transport import connect_to
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from optserve_server import logs
@@ -59,6 +60,15 @@ def serve(
         float, typer.Option(help="Seconds after which an upload that makes no progress is ended.")
     ] = DEFAULT.upload_timeout,
     grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
+    follow: Annotated[
+        str | None, typer.Option(envvar="OPTSERVE_FOLLOW", help="Be a standby of the server at this address.")
+    ] = None,
+    promote_after: Annotated[
+        float | None, typer.Option(help="Seconds without a word of that server after which this one takes over.")
+    ] = None,
+    wait_for_standby: Annotated[
+        bool, typer.Option("--wait-for-standby", help="Acknowledge only what the standby has confirmed.")
+    ] = False,
     log_level: Annotated[
         str, typer.Option(envvar="OPTSERVE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -86,6 +96,9 @@ def serve(
                 max_shared_memory=max_shared_memory,
                 upload_timeout=upload_timeout,
                 grace=grace,
+                follow=follow,
+                promote_after=promote_after,
+                wait_for_standby=wait_for_standby,
             )
             server = stack.enter_context(Server(config))
         print(f"listening on {server.address}", flush=True)  # for scripts that asked for a free port
@@ -119,6 +132,32 @@ def demo(
             comparison.compare(**given)
         else:
             training.train(optimizer=optimizer.value, workers=workers, address=address, **given)
+
+
+@app.command()
+def promote(address: Address = DEFAULT.listen, timeout: Timeout = 300.0) -> None:
+    """Let a standby serve instead of its primary, or a server serve again that stopped because of its standby."""
+    with reported(optserve.OptserveError), closing(connect_to(address)) as transport:
+        answer = transport.call("PromoteServer", pb.PromoteServerRequest(), timeout)
+    if not answer.promoted:
+        print(f"{address}: serves already")
+    elif answer.deposed:
+        print(f"{address}: serves now; the former primary has stopped, and this server has all that it had")
+    else:
+        print(f"{address}: serves now; the other server did not answer, and must not serve any more")
+
+
+@app.command()
+def status(address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """Show what a server does, and how far a standby is behind."""
+    with reported(optserve.OptserveError), closing(connect_to(address)) as transport:
+        answer = transport.call("GetServerStatus", pb.GetServerStatusRequest(), timeout)
+    print(f"{address}: {pb.Phase.Name(answer.phase).removeprefix('PHASE_').lower()}")
+    if answer.primary:
+        promotable = "could be promoted" if answer.promotable else "has not got everything yet"
+        print(f"follows {answer.primary}, {answer.lag:,} events behind; {promotable}")
+    elif answer.standby:
+        print(f"followed by {answer.standby}, {answer.lag:,} events behind")
 
 
 @app.command()

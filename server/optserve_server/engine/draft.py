@@ -21,11 +21,15 @@ class Draft:
     changes: list[Change] = field(default_factory=list)
     learning_rates: dict[str, float] = field(default_factory=dict)  # of the last update, by group
 
+    def change(self, groups: tuple[TensorGroup, ...]) -> None:
+        """Let hyperparameters change."""
+        self.changes += differences(self.groups, groups, self.position.version)
+        self.groups = groups
+
     def advance(self, groups: tuple[TensorGroup, ...], evaluated: tuple[TensorGroup, ...], planned: Update) -> None:
         """Add an update, by groups whose schedules are evaluated."""
-        self.changes += differences(self.groups, groups, self.position.version)
+        self.change(groups)
         self.learning_rates = {group.name: group.optimizer.lr for group in evaluated}
-        self.groups = groups
         self.position = self.position.next()
         self.updates.append(planned)
         self.progress.accumulated = self.progress.skipped = 0
@@ -36,8 +40,7 @@ class Draft:
 
     def accumulate(self, groups: tuple[TensorGroup, ...], planned: Update, tensors: Iterable[int]) -> None:
         """Add pushes to those that will make an update together."""
-        self.changes += differences(self.groups, groups, self.position.version)
-        self.groups = groups
+        self.change(groups)
         self.updates.append(planned)
         self.progress.accumulated += 1
         self.progress.accumulating = tuple(tensors)

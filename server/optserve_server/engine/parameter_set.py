@@ -2,10 +2,9 @@
 
 import contextlib
 import datetime
-import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,42 +13,40 @@ from numpy.typing import NDArray
 
 from optserve._dtypes import DType
 from optserve._errors import (
-    InvalidArgument,
     InvalidHyperparameter,
     InvalidState,
     OptserveError,
     ParameterSetNotFound,
-    Refusal,
     ServerBusy,
     ServerError,
 )
-from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._results import Change, Description, GroupDescription, Position, Receipt, Summary
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
-from optserve._transforms import SkipNonFinite
-from optserve_server.engine import slot_formats, update
-from optserve_server.engine.arena import Arena, ComputeType, Layout, assign, copy
+from optserve_server.engine import replay, slot_formats, update
+from optserve_server.engine.arena import Arena, assign, copy
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.commit import Commit
+from optserve_server.engine.decider import Decider
 from optserve_server.engine.decision import Decision
 from optserve_server.engine.draft import Draft
-from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, differences, resolve
-from optserve_server.engine.history import NOTHING_STORED, Content, Event, Log, Stored, Unlogged
-from optserve_server.engine.loops import decode_loop, encode_loop
+from optserve_server.engine.filling import fill
+from optserve_server.engine.groups import TensorGroup, at, change, differences, resolve
+from optserve_server.engine.history import NOTHING_STORED, Event, Log, Stored, Unlogged
+from optserve_server.engine.loops import encode_loop
 from optserve_server.engine.mean import Gathered
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.pipeline import Pipeline
 from optserve_server.engine.push import Declared, Push
-from optserve_server.engine.rounds import Rounds, merged_changes
-from optserve_server.engine.rows import SparseGradient, gathered
+from optserve_server.engine.rounds import Rounds
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
-from optserve_server.engine.staging import StagedTensor, Staging
+from optserve_server.engine.staging import Staging
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.views import Rows, Views
-from optserve_server.engine.work import Arenas, Update
+from optserve_server.engine.work import Arenas
 
 CHANGES_KEPT = 1000
 
@@ -87,6 +84,7 @@ class ParameterSet:
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._pipeline = Pipeline(spec, self.layout)
+        self._decider = Decider(spec, self._pipeline)
         self._slots = self._pipeline.allocate()
         self._progress = self._pipeline.begin()
         self._views = Views(spec, self.layout, self._buffers, self._slots, self._pipeline, threads)
@@ -112,6 +110,11 @@ class ParameterSet:
     def events(self) -> int:
         """How many events the set's history has."""
         return self._events
+
+    @property
+    def gone(self) -> bool:
+        """Whether it refuses everything, since it was retired or deleted."""
+        return self._gone is not None
 
     @property
     def forgotten(self) -> int:
@@ -162,7 +165,7 @@ class ParameterSet:
 
     def load(self, staging: Staging) -> None:
         """Take the initial values of all tensors, before the set is published."""
-        self._fill(self._buffers.current.arena, self.layout, dict(enumerate(staging.tensors)))
+        fill(self._buffers.current.arena, self.layout, dict(enumerate(staging.tensors)), self._threads)
         for name in self._pipeline.copies:
             assign(self._slots[name], self._buffers.current.arena)
 
@@ -184,30 +187,14 @@ class ParameterSet:
         """Begin where something else stood, with the elements that came for it, before the set is published."""
         elements = iter(staging.tensors)
         parts = {part.name: dict(zip(part.tensors, elements, strict=False)) for part in start.parts}
-        self._fill(self._buffers.current.arena, self.layout, parts.pop(PARAMETERS, {}))
+        fill(self._buffers.current.arena, self.layout, parts.pop(PARAMETERS, {}), self._threads)
         for name in self._pipeline.copies:
             assign(self._slots[name], self._buffers.current.arena)
         arenas, layouts = self._arenas(), {GRADIENT: self.layout, **self._pipeline.slots}
         for name, tensors in parts.items():
-            self._fill(arenas[name], layouts[name], tensors)
+            fill(arenas[name], layouts[name], tensors, self._threads)
         self._progress = start.progress
         self._position = replace(self._position, version=start.version)
-
-    def _fill(self, arena: Arena, layout: Layout, tensors: Mapping[int, StagedTensor]) -> None:
-        """Write staged tensors, by index, to their places in an arena."""
-        tables: dict[tuple[ComputeType, DType], list[list[int]]] = {}
-        for index, tensor in tensors.items():
-            place = layout.places[index]
-            table = tables.setdefault((place.compute, tensor.spec.dtype), [])
-            itemsize = tensor.spec.dtype.itemsize
-            table += [
-                [place.start + piece.offset, piece.size, piece.address + piece.skip * itemsize]
-                for piece in tensor.pieces
-            ]
-        for (compute, dtype), table in tables.items():
-            if table:
-                rows = np.array(table, np.int64)
-                self._threads.run(decode_loop(dtype), rows, {2: dtype.itemsize}, arena[compute])
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Change hyperparameters by group and name; raises InvalidGroup, InvalidHyperparameter or StorageFailed."""
@@ -219,13 +206,12 @@ class ParameterSet:
                     group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
             event = Event(self._events + 1, self._position.version, changes=changes)
             self._log.append([event])
-            self._change(groups, event.number)
+            self._broken = True
+            self._changes.extend(differences(self._groups, groups, self._position.version))
+            self._groups = groups
+            self._events = event.number
+            self._broken = False
         self._log.wait(event.number)
-
-    def _change(self, groups: tuple[TensorGroup, ...], event: int) -> None:
-        self._changes.extend(differences(self._groups, groups, self._position.version))
-        self._groups = groups
-        self._events = event
 
     def open(self, client_id: str, epoch: int, stream: object) -> Session:
         """Open or resume a client's session; a push of its older stream that has begun is finished first.
@@ -416,71 +402,29 @@ class ParameterSet:
 
     def repeat(self, event: Event) -> None:
         """Let an event happen again; raises InvalidState if that can't lead to where it led."""
+        if event.number != self._events + 1:
+            raise InvalidState(f"expected event {self._events + 1}; got {event.number}")
         draft = Draft(self._groups, self._position, self._progress.copy())
         content = event.content
+        brought: Push | Gathered | None = None
+        kept: object = None  # what is read until the update has run
+        if content is not None and not content.gathered:
+            brought = replay.pushed(event, content, self.begin)
         with self._lock:
-            if event.number != self._events + 1:
-                raise InvalidState(f"expected event {self._events + 1}; got {event.number}")
-            outcome = Outcome.REFUSED
-            kept: object = None  # holds what is read until the update has run
-            if content is not None and not content.gathered:
-                kept = self._pushed(event, content)
-                outcome, _ = self._advance(draft, [kept])
-            elif content is not None:
-                gathered, kept = self._gathered(content)
-                plan = functools.partial(self._pipeline.plan_gathered, gathered=gathered)
-                outcome = self._plan(draft, event.changes, tuple(gathered.gradients), plan)
-            elif not event.pushes:
-                self._change(change(self._groups, event.changes), event.number)
-                draft.groups = self._groups
-            elif event.pushes[0].receipt.outcome is Outcome.SKIPPED:
-                outcome = Outcome.SKIPPED
-                draft.progress.skipped += 1
-            expected = event.pushes[0].receipt.outcome if event.pushes else Outcome.REFUSED
-            if (outcome, draft.position.version) != (expected, event.version):
-                raise InvalidState(
-                    f"expected event {event.number} to be {expected.name} and lead to version {event.version}; it was "
-                    f"{outcome.name}, and led to {draft.position.version}"
-                )
-            self._log.append([event])
+            if content is not None and content.gathered:
+                assert self._pipeline.mean is not None
+                brought, kept = replay.round_of(content, self.indices, self._pipeline.mean, self.layout, self._threads)
+            self._decider.repeat(event, draft, brought)
             after = self._writable(draft)
+            self._log.append([event])
+            self._broken = True
             self._gather(draft, after)
             self._run(draft, after)
             del kept
             self._events = event.number
-            for pushed in event.pushes:
-                session = self._sessions.resume(pushed.client_id, pushed.epoch)
-                session.record(pushed.digest, pushed.receipt, event.number)
-
-    def _pushed(self, event: Event, content: Content) -> Push:
-        """A push as it came."""
-        push = self.begin(
-            event.pushes[0].receipt.sequence, content.declared, changes=event.changes, loss_scale=content.loss_scale
-        )
-        for received in content.received:
-            push.add(received.runs, _joined(received.data), replace=received.replace)
-        push.finish()
-        return push
-
-    def _gathered(self, content: Content) -> tuple[Gathered, Staging]:
-        """What a round gathered, in its place again, and what keeps the rest of it."""
-        staging = Staging([each.spec for each in content.declared], self._threads, guard=False)
-        for received in content.received:
-            staging.add(received.runs, _joined(received.data))
-        staging.finish()
-        gradients: dict[int, StagedTensor] = {}
-        parameters: dict[int, StagedTensor] = {}
-        sparse: dict[int, SparseGradient] = {}
-        for declared, tensor in zip(content.declared, staging.tensors, strict=True):
-            index = self.indices[declared.spec.name]
-            if declared.rows is not None:
-                sparse[index] = gathered(declared.rows, tensor)
-            else:
-                (parameters if declared.is_parameter else gradients)[index] = tensor
-        mean = self._pipeline.mean
-        assert mean is not None
-        self._fill(mean.arena, self.layout, gradients)
-        return Gathered(mean.at(gradients), sparse, parameters), staging
+            for each in event.pushes:
+                self._sessions.resume(each.client_id, each.epoch).record(each.digest, each.receipt, event.number)
+            self._broken = False
 
     def stored(self, stored: Stored) -> None:
         """Say what has come to be on stable storage, in every answer from now on."""
@@ -588,7 +532,7 @@ class ParameterSet:
                 if first is not None:
                     commit.receipt, commit.event = first.receipt, first.event
                 elif together := self._rounds.join(commit):
-                    decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
+                    decisions.append(self._decider.decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:
                     each.fail(error)
@@ -615,68 +559,6 @@ class ParameterSet:
         pinned = self._views.pin(self.position) if dtype is None else None
         return self._views.copy(self.position, dtype) if pinned is None and moments_only else pinned
 
-    def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
-        """What becomes of commits that belong together, after those in the draft, which goes on with them if they are
-        applied."""
-        pushes = [commit.push for commit in commits]
-        stalenesses = [_staleness(push.base, draft.position) for push in pushes]
-        before = len(draft.updates)
-        outcome, refusal = self._advance(draft, pushes)
-        receipts = [
-            Receipt(
-                sequence=push.sequence,
-                position=draft.position,
-                outcome=outcome,
-                staleness=staleness,
-                gradient_norm=push.gradient_norm,
-                learning_rates=draft.learning_rates if outcome is Outcome.APPLIED else {},
-                refusal=refusal,
-            )
-            for push, staleness in zip(pushes, stalenesses, strict=True)
-        ]
-        update = draft.updates[before] if len(draft.updates) > before else None
-        return Decision(number, draft.position.version, commits, receipts, update)
-
-    def _advance(self, draft: Draft, pushes: Sequence[Push]) -> tuple[Outcome, Refusal | None]:
-        """Let the draft go on with pushes that belong together, unless there is something wrong with that."""
-        for push in pushes:
-            if push.refusal is not None:
-                return self._pass_over(draft, push), push.refusal
-        try:
-            changes = merged_changes(pushes)
-            check_pushed(draft.groups, changes)
-            plan = functools.partial(self._pipeline.plan, pushes=pushes)
-            return self._plan(draft, changes, tuple(pushes[0].gradients), plan), None
-        except InvalidArgument as error:
-            return Outcome.REFUSED, Refusal.of(error)
-
-    def _plan(
-        self,
-        draft: Draft,
-        changes: Mapping[str, Mapping[str, Any]],
-        tensors: tuple[int, ...],
-        plan: Callable[..., Update],
-    ) -> Outcome:
-        """Let the draft go on with an update of some tensors, after changes; raises InvalidArgument kinds."""
-        groups = change(draft.groups, changes)
-        evaluated = at(groups, draft.position.version)
-        planned = plan(evaluated, draft.progress, updated=draft.updated)
-        if planned.memories:
-            draft.advance(groups, evaluated, planned)
-            return Outcome.APPLIED
-        draft.accumulate(groups, planned, tensors)
-        return Outcome.ACCUMULATED
-
-    def _pass_over(self, draft: Draft, push: Push) -> Outcome:
-        """What becomes of a push that can't be applied."""
-        nonfinite = self.spec.transforms.nonfinite
-        if not push.skippable or not isinstance(nonfinite, SkipNonFinite):
-            return Outcome.REFUSED
-        if nonfinite.at_most is not None and draft.progress.skipped >= nonfinite.at_most:
-            return Outcome.REFUSED
-        draft.progress.skipped += 1
-        return Outcome.SKIPPED
-
     def _become(self, draft: Draft, decisions: Sequence[Decision]) -> None:
         """Become what the draft says, once the log has it; raises StorageFailed or ServerBusy, and nothing changed."""
         applied = [commit for each in decisions if each.receipts[0].applied for commit in each.commits]
@@ -697,7 +579,7 @@ class ParameterSet:
             raise
         for each in held:
             each.buffer = None
-        self._broken = True  # until what the log has has happened
+        self._broken = True  # until all that the log has has happened: else nothing is ever read from this set again
         if not rounds:
             self._gather(draft, after)
         self._run(draft, after)
@@ -707,6 +589,7 @@ class ParameterSet:
                 commit.session.record(commit.push.digest, receipt, decision.number)
                 self._sessions.touch(commit.session)
                 commit.receipt, commit.event = receipt, decision.number
+        self._broken = False
 
     def _writable(self, draft: Draft) -> Buffer:
         try:
@@ -721,8 +604,7 @@ class ParameterSet:
                 work.run(self._memory(after), self._threads)
 
     def _run(self, draft: Draft, after: Buffer) -> None:
-        """Become what the draft says; if that fails half way, nothing is ever read from this set again."""
-        self._broken = True
+        """Become what the draft says; the caller marks the set as broken until all of it is done."""
         update.run(draft.updates, self._memory(after), self._threads)
         if draft.updated:
             self._buffers.publish(after, draft.updated, draft.position.version)
@@ -731,14 +613,3 @@ class ParameterSet:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._changes.extend(draft.changes)
-        self._broken = False
-
-
-def _joined(data: Sequence[Any]) -> Any:
-    return data[0] if len(data) == 1 else b"".join(data)
-
-
-def _staleness(base: Position | None, now: Position) -> int | None:
-    if base is None or base.incarnation != now.incarnation:
-        return None
-    return max(0, now.version - base.version)

@@ -1,8 +1,10 @@
 """The data directory: a directory for each set, with its checkpoints and its journal, of one server at a time.
 
 LOCK                     locked by the server that uses the directory
+STANDING                 what it must not forget of the other one, if it has a standby or is one, see `replication.standing`
 OWNER                    what the last server wrote here that began to use it; who finds another's stops writing
 sets/<hash of id>/       one set, see `checkpoint` and `journal`
+former/<hash of id>-*/   one that was here before the server became a standby, of a primary that does not have it
 deleted/                 sets whose deletion the store has not seen yet, see `store`
 """
 
@@ -25,9 +27,10 @@ from optserve_server.engine.engine import Engine
 from optserve_server.engine.history import Stored
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.storage import checkpoint, files, journal, travel
+from optserve_server.storage.changes import Changes
 from optserve_server.storage.checkpoint import Shadow, Shared
 from optserve_server.storage.files import Pages
-from optserve_server.storage.keeper import Keeper, Retention
+from optserve_server.storage.keeper import Keeper, Logs, Retention
 from optserve_server.storage.store import Store, StoreFailedError
 from optserve_server.storage.tensors import Damaged
 from optserve_server.storage.uploads import Uploads
@@ -40,10 +43,21 @@ Progress = Callable[[int, int], None]  # bytes read, and bytes that there are
 
 
 class DataDirectory:
-    """Keeps sets below a path; raises OSError if the path can't be used or another server uses it."""
+    """Keeps sets below a path; raises OSError if the path can't be used or another server uses it.
 
-    def __init__(self, path: Path, retention: Retention | None = None, store: str | None = None) -> None:
-        self._path = path
+    `logged` is as in `Keeper`. `changes` says when there is something new on stable storage, or a set less.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        retention: Retention | None = None,
+        store: str | None = None,
+        logged: Logs | None = None,
+    ) -> None:
+        self.path = path
+        self.changes = Changes()
+        self._logged = logged
         self._sets = path / "sets"
         files.make_directories(path)
         files.make_directories(self._sets)
@@ -72,6 +86,11 @@ class DataDirectory:
                 raise
             self._uploads = Uploads(self._store)
 
+    def keeper(self, set_id: str) -> Keeper | None:
+        """That of a set, if it is here."""
+        with self._changing:
+            return self._keepers.get(set_id)
+
     @property
     def keepers(self) -> list[Keeper]:
         """Those of all sets."""
@@ -80,7 +99,7 @@ class DataDirectory:
 
     def check_owner(self) -> None:
         """Raises OSError if another server has begun to use the directory, or this one has let go of it."""
-        if self._lock.closed or (self._path / "OWNER").read_bytes() != self._owner:
+        if self._lock.closed or (self.path / "OWNER").read_bytes() != self._owner:
             raise OSError("another server has taken over this data directory; this one writes nothing there any more")
 
     def add(self, parameter_set: ParameterSet) -> Keeper:
@@ -97,14 +116,71 @@ class DataDirectory:
                 files.remove_directory(home)
             raise
 
+    def adopt(self, parameter_set: ParameterSet) -> Keeper:
+        """Keep a set of another server, as it is now, instead of all that has its id; raises OSError or StorageFailed.
+
+        A crash at any time leaves the one or the other.
+        """
+        set_id = parameter_set.spec.id
+        home = self._home(set_id)
+        new, old = (home.with_name(home.name + suffix) for suffix in (files.TEMPORARY, files.CONDEMNED))
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        files.make_directory(new)
+        with self._checkpointing:
+            keeper = self._keeping(new, parameter_set)
+            try:
+                keeper.checkpoint()
+            except BaseException:
+                keeper.delete()
+                raise
+            with self._changing:
+                present = self._keepers.pop(set_id, None)
+            if present is not None:
+                present.close()
+            if home.exists():
+                files.rename(home, old)
+            files.rename(new, home)
+            files.sync_directory(self._sets)
+            keeper.move(home)
+            with self._changing:
+                self._keepers[set_id] = keeper
+        if old.exists():
+            shutil.rmtree(old)
+        return keeper
+
+    def set_aside(self) -> None:
+        """Let what nobody keeps here be elsewhere, where no server finds it but people do; raises OSError."""
+        kept = {keeper.home for keeper in self.keepers}
+        for home in list(self._sets.iterdir()):
+            if home.name.endswith((files.TEMPORARY, files.CONDEMNED)):
+                shutil.rmtree(home)
+            elif home not in kept:
+                target = self.path / "former" / f"{home.name}-{secrets.token_hex(4)}"
+                files.make_directories(target.parent)
+                files.rename(home, target)
+                log.warning("the primary does not have this set; its files are kept apart", directory=str(target))
+        files.sync_directory(self._sets)
+
     def _keep(self, home: Path, parameter_set: ParameterSet) -> Keeper:
-        published = self._uploads.offer if self._uploads is not None else lambda path: None
-        keeper = Keeper(
-            home, parameter_set, self._retention, self.check_owner, self._shadow, self._pages, published=published
-        )
+        keeper = self._keeping(home, parameter_set)
         with self._changing:
             self._keepers[parameter_set.spec.id] = keeper
         return keeper
+
+    def _keeping(self, home: Path, parameter_set: ParameterSet) -> Keeper:
+        return Keeper(
+            home,
+            parameter_set,
+            self._retention,
+            self.check_owner,
+            self._shadow,
+            self._pages,
+            published=self._uploads.offer if self._uploads is not None else lambda path: None,
+            note=self.changes.note,
+            logged=self._logged,
+        )
 
     def checkpoint(self, set_id: str, shared: Shared | None = None) -> None:
         """Write a checkpoint of a set now, which may have files of another; raises StorageFailed."""
@@ -118,6 +194,7 @@ class DataDirectory:
         """
         if self._store is not None:
             self._fetch(self._store)
+        self._finish_adoptions()
         for condemned in self._sets.glob(f"*{files.CONDEMNED}"):
             shutil.rmtree(condemned)
         homes = []
@@ -152,6 +229,15 @@ class DataDirectory:
                     self._uploads.offer(checkpoint.present(home)[0])
                 log.info("restored", parameter_set=parameter_set.spec.id, version=parameter_set.position.version)
 
+    def _finish_adoptions(self) -> None:
+        """Let what a crash kept from taking another's place take it: `adopt` had let go of that, so that this was whole."""
+        for new in self._sets.glob(f"*{files.TEMPORARY}"):
+            home = new.with_name(new.name.removesuffix(files.TEMPORARY))
+            if not home.exists() and checkpoint.present(new):
+                files.rename(new, home)
+            else:
+                shutil.rmtree(new)
+
     def earlier(self, engine: Engine, set_id: str, version: int | None) -> tuple[ParameterSet, Shared | None]:
         """A set as it was at a version, or as it was last written, not published; and the checkpoint that it is, if it is one.
 
@@ -183,13 +269,16 @@ class DataDirectory:
             )
 
     def delete(self, set_id: str) -> None:
-        """Remove a set; raises OSError if that can't be."""
+        """Remove a set; raises StorageFailed if that can't be."""
         with self._changing:
-            keeper = self._keepers.pop(set_id, None)
+            keeper = self._keepers.get(set_id)
         if keeper is not None:
             if self._uploads is not None:
                 self._uploads.delete(keeper.home.name)
             keeper.delete()
+            with self._changing:
+                del self._keepers[set_id]
+            self.changes.note()
 
     def close(self) -> None:
         """Let another server use the directory."""

@@ -43,8 +43,8 @@ _RECORD = struct.Struct(
 _CHECKSUM = struct.Struct("<I")  # of a header
 _SEGMENT_MAGIC = b"optjrnl1"
 _RECORD_MAGIC = b"optR"
-_SEGMENT_SIZE = _SEGMENT.size + _CHECKSUM.size
-_RECORD_SIZE = _RECORD.size + _CHECKSUM.size
+SEGMENT_SIZE = _SEGMENT.size + _CHECKSUM.size
+RECORD_SIZE = _RECORD.size + _CHECKSUM.size
 
 
 class Journal:
@@ -147,10 +147,10 @@ class Journal:
                 self._check()
                 self._sync()
 
-    def sync(self) -> None:
-        """Put all events on stable storage; raises StorageFailed."""
+    def sync(self, number: int | None = None) -> None:
+        """Put all events, or those up to a number, on stable storage; raises StorageFailed."""
         with self._changed:
-            while self._synced < self._last:
+            while self._synced < (self._last if number is None else number):
                 self._check()
                 if self._syncing:
                     self._changed.wait()
@@ -159,7 +159,7 @@ class Journal:
 
     def rotate(self) -> None:
         """Let later events go to a new segment, so that the older can be removed; raises StorageFailed."""
-        if self._file.size > _SEGMENT_SIZE:
+        if self._file.size > SEGMENT_SIZE:
             self._begin()
 
     @property
@@ -197,6 +197,13 @@ class Journal:
                 self._last, self._version = before
                 self._synced = min(self._synced, before[0])
             raise
+
+    def move(self, home: Path) -> None:
+        """Go on in another directory, which this one has become."""
+        with self._changed:
+            while self._syncing:
+                self._changed.wait()
+            self._home = home
 
     def fail(self, reason: str) -> None:
         """Acknowledge nothing any more."""
@@ -354,36 +361,36 @@ class Segment:
 
     def __iter__(self) -> Iterator[Event]:
         with self._path.open("rb", buffering=0) as file:
-            salt, _, checksum = self._opened(file)
-            place, number = _SEGMENT_SIZE, self._first
-            while found := _record_at(file, place, salt, number):
+            salt, _, checksum = self.opened(file)
+            place, number = SEGMENT_SIZE, self._first
+            while found := record_at(file, place, salt, number):
                 place, header = found
-                payload = memoryview(_read(file, place + _RECORD_SIZE, header.size))
+                payload = memoryview(_read(file, place + RECORD_SIZE, header.size))
                 checksum = zlib.crc32(payload, checksum)
                 if len(payload) < header.size or checksum != header.checksum:
                     break
                 yield encoding.decode(bytes(payload[: header.encoded]), payload[header.encoded :])
-                place += _RECORD_SIZE + header.size
+                place += RECORD_SIZE + header.size
                 number += 1
             if self._known_stored(file, place, salt) >= number:
                 raise Damaged(f"{self._path}: event {number} is damaged, or missing; a later one knew it to be stored")
-            if any(_read(file, place, _RECORD_SIZE)):
+            if any(_read(file, place, RECORD_SIZE)):
                 self._unfinished(self._path, number)
 
     def known_stored(self) -> int:
         """The last event that anything in the segment knew to be on stable storage."""
         with self._path.open("rb", buffering=0) as file:
-            salt, synced, _ = self._opened(file)
-            return max(synced, self._known_stored(file, _SEGMENT_SIZE, salt))
+            salt, synced, _ = self.opened(file)
+            return max(synced, self._known_stored(file, SEGMENT_SIZE, salt))
 
-    def _opened(self, file: Any) -> tuple[int, int, int]:
+    def opened(self, file: Any) -> tuple[int, int, int]:
         """Salt, event known to be stored, and checksum of the segment's header."""
         size = file.seek(0, 2)
         if size < GRAIN:
             raise Damaged(f"{self._path}: expected at least {GRAIN} bytes; got {size}: it was cut")
         if size % GRAIN:  # as a crash may leave one that was to grow
             log.warning("a segment of a journal ends early", path=str(self._path), size=size)
-        header = _read(file, 0, _SEGMENT_SIZE)
+        header = _read(file, 0, SEGMENT_SIZE)
         magic, salt, first, synced = _SEGMENT.unpack_from(header)
         if (magic, first, header) != (_SEGMENT_MAGIC, self._first, _sealed(header[: _SEGMENT.size], 0)):
             raise Damaged(f"{self._path}: the header of the segment is damaged")
@@ -392,10 +399,10 @@ class Segment:
     def _known_stored(self, file: Any, place: int, salt: int) -> int:
         """What records from there on knew to be on stable storage, wherever they begin."""
         known = 0
-        while data := _read(file, place, GRAIN + _RECORD_SIZE):
+        while data := _read(file, place, GRAIN + RECORD_SIZE):
             begin = -1
             while (begin := data.find(_RECORD_MAGIC, begin + 1)) >= 0:
-                header = _header(data[begin : begin + _RECORD_SIZE], salt)
+                header = _header(data[begin : begin + RECORD_SIZE], salt)
                 known = max(known, header.synced if header is not None else 0)
             place += GRAIN
         return known
@@ -406,15 +413,15 @@ def _sealed(header: bytes, salt: int) -> bytes:
 
 
 def _header(data: bytes, salt: int) -> Header | None:
-    if len(data) < _RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
+    if len(data) < RECORD_SIZE or data != _sealed(data[: _RECORD.size], salt) or data[:4] != _RECORD_MAGIC:
         return None
     return Header(*_RECORD.unpack_from(data)[1:])
 
 
-def _record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
+def record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
     """Where a record is and what it says of itself: there, or, since large ones do, where the next page begins."""
     for begin in (place, -(-place // files.PAGE) * files.PAGE):
-        header = _header(_read(file, begin, _RECORD_SIZE), salt)
+        header = _header(_read(file, begin, RECORD_SIZE), salt)
         if header is not None and header.event == number:
             return begin, header
     return None

@@ -11,7 +11,7 @@ import structlog
 from optserve._errors import OptserveError, StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
-from optserve_server.engine.history import Stored
+from optserve_server.engine.history import Log, Stored, Unlogged
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import checkpoint, files, journal
@@ -31,8 +31,15 @@ class Retention:
     copied: float = 1.0
 
 
+Logs = Callable[["Keeper", Log], Log]
+
+
 class Keeper:
-    """Keeps one set. Every method may be called from any thread."""
+    """Keeps one set. Every method may be called from any thread.
+
+    `published` is called with each new checkpoint, `note` when something has come to be on stable storage. `logged` makes the
+    log that the set gets, of this keeper and the log that it would have had.
+    """
 
     def __init__(
         self,
@@ -44,6 +51,8 @@ class Keeper:
         pages: Pages,
         *,
         published: Callable[[Path], None],
+        note: Callable[[], None],
+        logged: Logs | None,
     ) -> None:
         self.parameter_set = parameter_set
         self.home = home
@@ -51,10 +60,13 @@ class Keeper:
         self._shadow = shadow
         self._fence = fence
         self._published = published
+        self._note = note
         self._writing = threading.Lock()
         present = checkpoint.present(home)
         self._last_event = checkpoint.event_of(present[0]) if present else -1
-        self.written_at = time.monotonic() if present else 0.0  # when the last checkpoint was written
+        # When the last checkpoint was written. What was read from a journal is to be written at once: after a sync that failed,
+        # it may be in the page cache alone, and no later sync would say so.
+        self.written_at = time.monotonic() if present and not self.is_behind else 0.0
         self._journal: Journal | None = None
         if parameter_set.spec.journal is not Setting.OFF:
             position = parameter_set.position
@@ -63,18 +75,27 @@ class Keeper:
                 parameter_set.events,
                 position.version,
                 parameter_set.spec.journal,
-                lambda stored: self.parameter_set.stored(stored),
+                self._stored,
                 fence,
                 pages,
             )
-            parameter_set.keep(self._journal)
+        own: Log = self._journal or Unlogged()
+        self._log = logged(self, own) if logged is not None else own
+        parameter_set.keep(self._log)
+        if self._journal is not None:
             with parameter_set.frozen() as state:
                 self._tell(state, Durability.JOURNAL)  # of what was read again and synced
 
     @property
     def is_behind(self) -> bool:
-        """Whether anything has happened since the last checkpoint."""
-        return self.parameter_set.events != self._last_event
+        """Whether anything has happened since the last checkpoint, and it could be written."""
+        return self.parameter_set.events != self._last_event and not self.parameter_set.gone
+
+    @property
+    def synced(self) -> int:
+        """The last event that is on stable storage; -1 before there is anything."""
+        watermark = self.parameter_set.watermark
+        return self._last_event if self._journal is None else max(watermark.journal, watermark.checkpoint)
 
     @property
     def failure(self) -> str | None:
@@ -102,7 +123,7 @@ class Keeper:
                 self.parameter_set = earlier
                 if self._journal is not None:
                     self._journal.skip(earlier.events, earlier.position.version)
-                    earlier.keep(self._journal)
+                earlier.keep(self._log)
                 self._checkpoint()
             except BaseException:
                 self.parameter_set = present
@@ -138,17 +159,28 @@ class Keeper:
 
     def _tell(self, state: State, durability: Durability) -> None:
         pushed = [(each.client_id, each.epoch, each.last_sequence) for each in state.sessions]
-        self.parameter_set.stored(Stored(state.events, state.position.version, pushed, durability))
+        self._stored(Stored(state.events, state.position.version, pushed, durability))
+
+    def _stored(self, stored: Stored) -> None:
+        self.parameter_set.stored(stored)
+        self._note()
 
     def sync_if_due(self) -> None:
         """Sync the journal if that is due; raises StorageFailed."""
         if self._journal is not None:
             self._journal.sync_if_due()
 
-    def sync(self) -> None:
-        """Put all of the journal on stable storage; raises StorageFailed."""
+    def sync(self, number: int | None = None) -> None:
+        """Put all of the journal, or events up to a number, on stable storage; raises StorageFailed."""
         if self._journal is not None:
-            self._journal.sync()
+            self._journal.sync(number)
+
+    def move(self, home: Path) -> None:
+        """Go on in another directory, which this one has become."""
+        with self._writing:
+            self.home = home
+            if self._journal is not None:
+                self._journal.move(home)
 
     def close(self) -> None:
         """Write nothing any more; what the journal has not synced is synced first, if it can be."""
@@ -161,11 +193,16 @@ class Keeper:
                 self._journal.close()
 
     def delete(self) -> None:
-        """Remove all of it; raises OSError."""
+        """Remove all of it; raises StorageFailed, and then nothing is removed."""
         with self._writing:
+            try:
+                files.remove_directory(self.home)
+            except OSError as error:
+                if self.home.exists():
+                    raise StorageFailed(f"{self.parameter_set.spec.id!r} was not deleted: {error}") from error
+                log.error("files of a deleted set are left", directory=str(self.home), reason=str(error))
             if self._journal is not None:
                 self._journal.close()
-            files.remove_directory(self.home)
 
     def _write(self, shared: Shared | None) -> State:
         most_copied = LEAST_COPIED + int(self._retention.copied * self.parameter_set.state_bytes)

@@ -6,6 +6,7 @@ cut short; so the few lines of the format are here, and tests hold them to the l
 
 import itertools
 import json
+import math
 import os
 import threading
 import zlib
@@ -28,6 +29,7 @@ _NAMES = {
     np.dtype(t): name
     for t, name in ((np.float32, "F32"), (np.float64, "F64"), (np.uint16, "U16"), (np.uint8, "U8"), (np.int64, "I64"))
 }
+_ITEMSIZES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 _EXPORTED = {"float16": "F16", "bfloat16": "BF16"}  # written, but never read here: NumPy has no bfloat16 of its own
 _RESERVED = "__metadata__"
 
@@ -162,10 +164,17 @@ def _check_header(path: Path, file: Any, entries: Sequence[Entry]) -> None:
     try:
         header = json.loads(file.read(length))
         header.pop(_RESERVED, None)
-        present = [(name, each["dtype"], tuple(each["shape"])) for name, each in header.items()]
+        present = [
+            (name, each["dtype"], tuple(each["shape"]), tuple(each["data_offsets"])) for name, each in header.items()
+        ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{path}: expected a header of the safetensors format ({error})") from error
-    if present != [(entry.name, entry.dtype, entry.shape) for entry in entries]:
+    sizes = [math.prod(entry.shape) * _ITEMSIZES.get(entry.dtype, 0) for entry in entries]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    if present != [
+        (entry.name, entry.dtype, entry.shape, (begin, end))
+        for entry, (begin, end) in zip(entries, itertools.pairwise(ends), strict=True)
+    ]:
         raise Damaged(f"{path}: the header is not the one that was written")
 
 
