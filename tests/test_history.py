@@ -1,11 +1,13 @@
 """History repeated: what a journal has of a set makes the same set again, bit for bit, whatever the set can do."""
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,7 @@ from optserve import formats, optim, schedules
 from optserve._errors import InvalidArgument
 from optserve_server import Config, Server
 from optserve_server.engine.state import State
+from optserve_server.storage import files
 
 Array = np.ndarray[Any, Any]
 SHAPES = {"w": (130, 33), "b": (7,), "scalar": ()}
@@ -158,6 +161,39 @@ def test_rounds_of_which_the_journal_has_the_mean(
             list(pool.map(lambda k: handles[k].push(tensors(dtype, seed=3 * step + k)), range(3)))  # noqa: B023
     journal = sum(path.stat().st_size for path in (tmp_path / "data").rglob("journal-*"))
     assert journal == 1 << 20
+    assert_repeats(durable, tmp_path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_round_that_the_disk_refuses_leaves_no_trace(
+    accumulate: int, durable: Server, worker: optserve.Client, tmp_path: Path
+) -> None:
+    """It comes again, as its workers send it again, and makes the same bits as rounds that nothing happened to."""
+    write, refused = files._write, []
+
+    def full(descriptor: int, buffers: Any, offset: int) -> int:
+        refused.append(offset)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    options = {"policy": optserve.Sync(workers=2), "transforms": optserve.Transforms(accumulate=accumulate)}
+    sets = {}
+    for name, journal in (("set", "always"), ("other", "off")):
+        weights = worker.create_parameter_set(name, tensors(), optim.SGD(lr=0.1), journal=journal, **options)
+        handles = [worker.parameter_set(name, client_id=client) for client in "ab"]  # in whose order they are added up
+        with ThreadPoolExecutor(2) as pool:
+            for step in range(4):
+                disk_is_full = name == "set" and step % 2 == 1
+                with mock.patch.object(files, "_write", full) if disk_is_full else contextlib.nullcontext():
+                    pushes = [pool.submit(handle.push, tensors(seed=2 * step + k)) for k, handle in enumerate(handles)]
+                    while disk_is_full and not refused:
+                        assert not any(push.done() for push in pushes)
+                refused.clear()
+                for push in pushes:
+                    push.result()
+        sets[name] = {key: array.tobytes() for key, array in weights.pull().items()}
+    assert sets["set"] == sets["other"]
+    assert files._write is write
+    worker.parameter_set("other").delete()
     assert_repeats(durable, tmp_path)
 
 

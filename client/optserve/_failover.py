@@ -19,7 +19,7 @@ def connect_all(address: str | Sequence[str]) -> tuple[Transport, str]:
 
     Raises InvalidName.
     """
-    addresses = address.split(",") if isinstance(address, str) else list(address)
+    addresses = [each.strip() for each in address.split(",")] if isinstance(address, str) else list(address)
     if not addresses:
         raise InvalidName("expected at least one address; got none")
     single = len(addresses) == 1

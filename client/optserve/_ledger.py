@@ -122,6 +122,8 @@ class Ledger:
         why = "somebody rewound it" if change.rewound else "from an older state"
         knew = f"this handle knew version {before.version}, and " if before is not None else ""
         left = f"of its {mine} pushes {min(mine, self.consumed)} are left"
+        if change.rewound:
+            left = f"those of its {mine} pushes that came after version {self.position.version} are undone"
         under_way = ""
         if attempt is not None and change.resumed:
             done = "applied" if self.outcome(attempt) is not None else "not applied"

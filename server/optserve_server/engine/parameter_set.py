@@ -54,7 +54,7 @@ CHANGES_KEPT = 1000
 class ParameterSet:
     """One set. Every method may be called from any thread; each takes effect whole or not at all.
 
-    `watermark` says how far its history is on stable storage.
+    `watermark` says how far its history is on stable storage; it is `lost`, until a restart, if an update failed half way.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class ParameterSet:
         self._decided = threading.Condition(self._lock)
         self._gone: OptserveError | None = None
         self._broken = False
+        self.lost = False
         self._commits: deque[Commit] = deque()
         self._rounds = Rounds(spec.policy, spec.transforms)
         # In a set that holds moments only, these take the updates of the last push instead.
@@ -541,6 +542,7 @@ class ParameterSet:
             if decisions:
                 self._become(draft, decisions)
         except Exception as error:
+            self.lost = self.lost or self._broken
             for commit in decided:
                 commit.fail(error)
             return
@@ -566,16 +568,20 @@ class ParameterSet:
         buffers = [each.buffer for each in held if each.buffer is not None]
         for buffer in buffers:
             self._buffers.unpin(buffer)
+        rounds = self._rounds.workers > 1
+        undo = self._mean_before() if rounds else None
         try:
             after = self._writable(draft)
-            rounds = self._rounds.workers > 1
             if rounds:
-                self._broken = self.spec.transforms.accumulate > 1  # the mean has gradients of earlier rounds in it
+                self._broken = bool(self._progress.accumulated) and undo is None
                 self._gather(draft, after)
+                self._broken = False
             self._log.append(each.event(self.spec.tensors, gathered=rounds) for each in decisions)
         except BaseException:
             for buffer in buffers:
                 self._buffers.pin_again(buffer)
+            if undo is not None and self._pipeline.mean is not None:
+                assign(self._pipeline.mean.arena, undo)
             raise
         for each in held:
             each.buffer = None
@@ -590,6 +596,12 @@ class ParameterSet:
                 self._sessions.touch(commit.session)
                 commit.receipt, commit.event = receipt, decision.number
         self._broken = False
+
+    def _mean_before(self) -> Arena | None:
+        """A copy of the mean, if it has gradients of earlier rounds in it and the log may refuse those of this one."""
+        if isinstance(self._log, Unlogged) or not self._progress.accumulated or self._pipeline.mean is None:
+            return None
+        return copy(self._pipeline.mean.arena)
 
     def _writable(self, draft: Draft) -> Buffer:
         try:

@@ -121,7 +121,7 @@ class Sessions:
                 f"client {client_id!r} has begun a newer session on this set; use one handle per worker, or another client_id"
             )
         if session is None or session.epoch != epoch:
-            known = self.forgotten < epoch <= max(time.time_ns(), self._last_epoch) + CLOCK_SKEW
+            known = self.forgotten < epoch <= time.time_ns() + CLOCK_SKEW
             session = self._begin(client_id, epoch if known else 0, session)
         session.stream = stream
         self.touch(session)

@@ -100,6 +100,8 @@ class Keeper:
     @property
     def failure(self) -> str | None:
         """Why the set acknowledges nothing until a restart, if so."""
+        if self.parameter_set.lost:
+            return "an update failed half way"
         return self._journal.failure if self._journal is not None else None
 
     def checkpoint(self, shared: Shared | None = None) -> None:
