@@ -384,7 +384,7 @@ def test_a_rewind_is_raised_whatever_the_window_has_and_nothing_is_sent_again(wi
     known = ledger(5, window)
     with pytest.raises(
         optserve.RolledBack,
-        match="came back at version 2, somebody rewound it: .* of its 5 pushes that came after version 2 are undone",
+        match="at version 2, somebody rewound it: .* of its 5 pushes that came after version 2 are undone",
     ):
         known.adopt(opened(last=5, incarnation=2, version=2, rewinds=1), None)
     assert known.adopt(opened(last=5, incarnation=2, version=2, rewinds=1), None) == []
