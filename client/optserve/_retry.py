@@ -8,7 +8,9 @@ from typing import TypeVar
 from optserve._errors import OptserveError, ServerBusy
 
 FIRST_PAUSE = 0.05  # seconds
-LONGEST_PAUSE = 10.0
+LONGEST_PAUSE = (
+    2.0  # a worker that waits longer than the server was gone costs a run more than its questions cost a server
+)
 MOST_DOUBLINGS = 10  # 50 ms are then more than the longest pause, however many attempts follow
 
 T = TypeVar("T")
