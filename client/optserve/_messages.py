@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -41,6 +41,8 @@ from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.optim._optimizer import as_number
 from optserve.schedules import Schedule, from_arguments
 from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, state_pb2, step_pb2, tensor_pb2, transforms_pb2
+
+T = TypeVar("T")
 
 LARGEST_SCHEDULE = 1024  # bytes; 1000 changes, of every hyperparameter each, fit into a message
 
@@ -288,8 +290,8 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         policy=_decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
         tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
-        state=_decode_state(message.state),
-        journal=_decode_journal(message.journal),
+        state=_decode_choice("state", _STATES, StateFormat.FULL, message.state),
+        journal=_decode_choice("journal", _JOURNALS, Journal.OFF, message.journal),
     )
 
 
@@ -466,7 +468,7 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
         element_count=message.element_count,
         state_bytes=message.state_bytes,
         create_time=message.create_time.ToDatetime(datetime.UTC),
-        journal=_decode_journal(message.journal),
+        journal=_decode_choice("journal", _JOURNALS, Journal.OFF, message.journal),
     )
 
 
@@ -613,27 +615,13 @@ def _decode_dtype(value: int) -> DType:
 
 
 def decode_holds(value: int) -> Holds:
-    if value == parameter_set_pb2.HOLDS_UNSPECIFIED:
-        return Holds.PARAMETERS
-    for holds, number in _HOLDS.items():
-        if number == value:
-            return holds
-    raise InvalidArgument(f"expected holds to be 0, 1 or 2; got {value}")
+    return _decode_choice("holds", _HOLDS, Holds.PARAMETERS, value)
 
 
-def _decode_state(value: int) -> StateFormat:
-    if value == parameter_set_pb2.STATE_FORMAT_UNSPECIFIED:
-        return StateFormat.FULL
-    for state, number in _STATES.items():
-        if number == value:
-            return state
-    raise InvalidArgument(f"expected state to be 0, 1, 2 or 3; got {value}")
-
-
-def _decode_journal(value: int) -> Journal:
-    if value == parameter_set_pb2.JOURNAL_UNSPECIFIED:
-        return Journal.OFF
-    for journal, number in _JOURNALS.items():
-        if number == value:
-            return journal
-    raise InvalidArgument(f"expected journal to be 0, 1, 2 or 3; got {value}")
+def _decode_choice(name: str, numbers: Mapping[T, int], default: T, value: int) -> T:
+    """What a number of an enum stands for, 0 for the default; raises InvalidArgument for one that is not there."""
+    meanings = {0: default} | {number: meaning for meaning, number in numbers.items()}
+    if value not in meanings:
+        *most, last = meanings
+        raise InvalidArgument(f"expected {name} to be {', '.join(map(str, most))} or {last}; got {value}")
+    return meanings[value]

@@ -52,7 +52,7 @@ from optserve_server.replication.follower import Follower
 from optserve_server.shared_memory import SharedMemory
 from optserve_server.stalls import Watch
 from optserve_server.step import StepStream
-from optserve_server.storage.checkpoint import Shared
+from optserve_server.storage.checkpoint import WITHOUT_STATE, Shared
 from optserve_server.storage.directory import DataDirectory
 from optserve_server.storage.schedule import Schedule
 
@@ -311,7 +311,7 @@ class OptimizerService:
         else:
             earlier, shared = self._durable().earlier(self._engine, request.id, version)
             if shared is not None and not forks.keeps_state(source.spec, spec):
-                shared = shared._replace(names=forks.KEPT)
+                shared = shared._replace(names=WITHOUT_STATE)
             state = earlier.capture()
             earlier.clear()
         forked, _ = self._add(forks.fork(self._engine, state, spec), exist_ok=False, shared=shared)

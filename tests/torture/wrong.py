@@ -4,7 +4,6 @@ Each entry changes one function of ours, in every child process of its check. Th
 with it: else it would not find the mistake if somebody made it. Further entries are further rows of the table.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 from tests.torture import dropped_acks, restarts
 from tests.torture import rounds as orders
 from tests.torture.children import call
+from tests.torture.script import report
 
 from optserve import _session
 from optserve_server.engine import engine, rounds, sessions
@@ -174,19 +174,5 @@ def seen(name: str) -> str:
     raise AssertionError(f"nothing sees that {entry.says}")
 
 
-def main() -> None:
-    """Exits with 1 if a change is not seen."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture.wrong", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WRONG)}; by default all")
-    unseen = 0
-    for name in parser.parse_args().names or WRONG:
-        try:
-            print(f"{name}: {WRONG[name].says}. Seen: {seen(name)[:160]}", flush=True)
-        except AssertionError as error:
-            unseen += 1
-            print(f"{name}: NOT AS IT SHOULD BE: {error}", flush=True)
-    sys.exit(1 if unseen else 0)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(report("python -m tests.torture.wrong", __doc__, WRONG, seen))

@@ -3,7 +3,6 @@
 Each entry changes one function, and its check, which passes without that, must then fail.
 """
 
-import argparse
 import errno
 import os
 import sys
@@ -19,6 +18,7 @@ from unittest import mock
 from structlog.testing import capture_logs
 from tests.torture import damage, failpoints, power_loss
 from tests.torture.machine import Machine, small_journals
+from tests.torture.script import report
 
 from optserve import StorageFailed
 from optserve_server.storage import checkpoint, directory, files, journal, tensors
@@ -184,19 +184,5 @@ def seen(name: str) -> str:
     raise AssertionError(f"nothing sees that {entry.says}")
 
 
-def main() -> int:
-    """Exits with 1 if a change is not seen."""
-    parser = argparse.ArgumentParser(prog="python -m tests.torture.wrong_storage", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WRONG)}; by default all")
-    unseen = 0
-    for name in parser.parse_args().names or WRONG:
-        try:
-            print(f"{name}: {WRONG[name].says}. Seen: {seen(name)[:200]}", flush=True)
-        except AssertionError as error:
-            unseen += 1
-            print(f"{name}: NOT AS IT SHOULD BE: {error}", flush=True)
-    return 1 if unseen else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report("python -m tests.torture.wrong_storage", __doc__, WRONG, seen))

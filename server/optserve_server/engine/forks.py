@@ -13,8 +13,6 @@ from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.rules import rule_for
 from optserve_server.engine.state import State
 
-KEPT = frozenset({PARAMETERS, "keys"})  # what a fork with other state has of the set that it begins from
-
 
 def keeps_state(source: ParameterSetSpec, spec: ParameterSetSpec) -> bool:
     """Whether a fork of that specification goes on with the state of its rule."""

@@ -537,7 +537,7 @@ class ParameterSet:
             except Exception as error:
                 for each in together:
                     each.fail(error)
-        decided = {commit: decision for decision in decisions for commit in decision.commits}
+        decided = [commit for decision in decisions for commit in decision.commits]
         try:
             if decisions:
                 self._become(draft, decisions)

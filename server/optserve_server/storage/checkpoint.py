@@ -17,7 +17,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from optserve_server.engine.arena import aligned
+from optserve._state import PARAMETERS
+from optserve_server.engine.arena import aligned, padded
 from optserve_server.engine.parameter_set import ParameterSet
 from optserve_server.engine.state import State
 from optserve_server.storage import files, manifest, tensors
@@ -32,6 +33,7 @@ CURRENT = "CURRENT"
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 KEYS = "keys"  # the file with the keys of tables
+WITHOUT_STATE = frozenset({PARAMETERS, KEYS})  # the files that a rule has no part in
 
 LEAST_COPIED = 1 << 20  # bytes
 
@@ -66,7 +68,7 @@ class Shadow:
             target = self._memory[begin : begin + stretch.end - stretch.begin]
             stretch.writer.copy(stretch.begin, target)
             copied.append((stretch, target))
-            begin += -(-target.size // PAGE) * PAGE
+            begin += padded(target.size, PAGE)
         return copied
 
 
@@ -79,11 +81,8 @@ class Shared(NamedTuple):
 
     def entries(self, state: State) -> dict[str, Sequence[Entry]]:
         """Entries of the files that can be shared, by the arena's name."""
-        return {
-            name: entries
-            for name, entries in self.described.files.items()
-            if name in self.names and name in _arrays(state)
-        }
+        present = _arrays(state)
+        return {name: each for name, each in self.described.files.items() if name in self.names and name in present}
 
 
 class Draft:
@@ -123,7 +122,7 @@ class Draft:
         """All elements, in the order in which they are written, at most so many bytes at a time; as many as can be at last."""
         batches: list[list[Stretch]] = [[]]
         most -= most % PAGE
-        total = sum(_pages(writer.nbytes) for writer in self._writers.values())
+        total = sum(padded(writer.nbytes, PAGE) for writer in self._writers.values())
         room = total % most or most
         for writer in self._writers.values():
             begin = 0
@@ -133,7 +132,7 @@ class Draft:
                     room = most
                 end = min(writer.nbytes, begin + room)
                 batches[-1].append(Stretch(writer, begin, end))
-                room -= _pages(end - begin)
+                room -= padded(end - begin, PAGE)
                 begin = end
         return batches
 
@@ -226,8 +225,3 @@ def check(path: Path) -> Iterator[int]:
 def _arrays(state: State) -> Mapping[str, Tensors]:
     keys: dict[str, Any] = {KEYS: state.key_arrays} if state.keys else {}
     return state.entries() | keys
-
-
-def _pages(nbytes: int) -> int:
-    """Bytes up to the end of the last page."""
-    return -(-nbytes // PAGE) * PAGE

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._copy import copy_array
+from optserve_server.engine.arena import padded
 
 MODE = 0o600
 LARGEST_WRITE = 16 << 20  # bytes in one call, so that others get their turn in between
@@ -66,7 +67,7 @@ class File:
 
     def align(self) -> None:
         """Go on at the beginning of a page."""
-        self.size = -(-self.size // PAGE) * PAGE
+        self.size = padded(self.size, PAGE)
 
     def cut(self, size: int) -> None:
         """Let the file end there."""
@@ -123,7 +124,7 @@ class Pages:
                     if filled == LARGEST_WRITE:
                         file.write_pages(self._memory.data)
                         filled = 0
-            end = -(-filled // PAGE) * PAGE
+            end = padded(filled, PAGE)
             self._memory[filled:end] = 0
             file.write_pages(self._memory[:end].data)
 

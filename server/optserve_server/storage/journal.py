@@ -22,6 +22,7 @@ import structlog
 from optserve._errors import StorageFailed
 from optserve._results import Durability
 from optserve._specification import Journal as Setting
+from optserve_server.engine.arena import padded
 from optserve_server.engine.history import Event, Stored
 from optserve_server.storage import events as encoding
 from optserve_server.storage import files
@@ -102,7 +103,7 @@ class Journal:
             nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
             end = file.size + nbytes + 2 * files.PAGE
             if end > file.reserved:
-                file.reserve(-(-end // GRAIN) * GRAIN)
+                file.reserve(padded(end, GRAIN))
             self._torn = True
             if nbytes < GRAIN:
                 file.write(buffers)
@@ -222,7 +223,7 @@ class Journal:
         self._unsynced = []
 
     def _begin(self) -> None:
-        path = self._home / f"{PREFIX}{self._last + 1:020d}"
+        path = path_of(self._home, self._last + 1)
         temporary = path.with_name(path.name + files.TEMPORARY)
         salt = secrets.randbits(64)
         header = _sealed(_SEGMENT.pack(_SEGMENT_MAGIC, salt, self._last + 1, self._synced), 0)
@@ -295,6 +296,11 @@ class Journal:
     def _check(self) -> None:
         if self._failure is not None:
             raise StorageFailed(self._failure)
+
+
+def path_of(home: Path, first_event: int) -> Path:
+    """Where the segment that begins with an event is."""
+    return home / f"{PREFIX}{first_event:020d}"
 
 
 def segments(home: Path) -> list[tuple[int, Path]]:
@@ -420,7 +426,7 @@ def _header(data: bytes, salt: int) -> Header | None:
 
 def record_at(file: Any, place: int, salt: int, number: int) -> tuple[int, Header] | None:
     """Where a record is and what it says of itself: there, or, since large ones do, where the next page begins."""
-    for begin in (place, -(-place // files.PAGE) * files.PAGE):
+    for begin in (place, padded(place, files.PAGE)):
         header = _header(_read(file, begin, RECORD_SIZE), salt)
         if header is not None and header.event == number:
             return begin, header

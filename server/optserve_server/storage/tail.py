@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from optserve_server.storage import journal
-from optserve_server.storage.journal import PREFIX, RECORD_SIZE, SEGMENT_SIZE, Header, Segment
+from optserve_server.storage.journal import RECORD_SIZE, SEGMENT_SIZE, Header, Segment
 from optserve_server.storage.tensors import Damaged
 
 
@@ -47,9 +47,8 @@ class Tail:
 
     def record(self, event: int) -> Record | None:
         """The record of an event that is known to be stored, or None if no segment has it; raises Damaged or OSError."""
-        begun_there = (
-            self._home / f"{PREFIX}{event:020d}"
-        )  # what is in the segment before, with that number, does not count
+        # What is in the segment before, with that number, does not count.
+        begun_there = journal.path_of(self._home, event)
         begun = begun_there != self._path and begun_there.exists()
         if self._file is not None and not begun and self._next <= event and (found := self._found(event)) is not None:
             return found

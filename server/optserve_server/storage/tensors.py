@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._copy import copy_array
+from optserve_server.engine.arena import padded
 from optserve_server.storage.files import PAGE, File
 
 WORTHWHILE = 1 << 20  # bytes: what is smaller goes by the page cache
@@ -89,7 +90,7 @@ class Writer:
             if data.size < WORTHWHILE:
                 self._file.write([data.data])
             else:
-                pages = np.lib.stride_tricks.as_strided(data, (-(-data.size // PAGE) * PAGE,))
+                pages = np.lib.stride_tricks.as_strided(data, (padded(data.size, PAGE),))
                 self._file.write_pages(pages.data)
         finally:
             checksums.join()
