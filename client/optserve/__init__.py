@@ -1,6 +1,6 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
-from optserve import formats, optim, schedules
+from optserve import aggregation, formats, optim, schedules
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
 from optserve._errors import (
@@ -149,6 +149,7 @@ __all__ = [
     "Uniform",
     "UnknownRule",
     "VersionNotKept",
+    "aggregation",
     "formats",
     "keep_freed_memory",
     "optim",
