@@ -197,6 +197,22 @@ def test_threads_change_no_bit(aggregation: Aggregation, dtype: str) -> None:
         threads.close()
 
 
+def test_threads_and_the_order_of_pushes_change_no_bit_of_their_distances() -> None:
+    sizes = [100_003, 1, 65_536, 7]
+    layout = set_of(sizes)
+    random = np.random.default_rng(0)
+    pushes = [arena_of(push, layout) for push in random.normal(size=(7, sum(sizes))).astype(np.float32)]
+    tables, order = tables_of(layout, range(len(sizes))), random.permutation(7)
+    expected = engine.squared_distances(pushes, tables, ALONE)
+    for count in (2, 3):
+        threads = Threads(count)
+        shuffled = engine.squared_distances([pushes[push] for push in order], tables, threads)
+        assert bits(shuffled) == bits(expected[order][:, order])
+        threads.close()
+    values = np.array([values_of(push, layout) for push in pushes], np.float64)
+    np.testing.assert_allclose(expected, [((values - own) ** 2).sum(axis=1) for own in values], rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtypes", [(FLOAT32, FLOAT32), (FLOAT32, FLOAT64)])
 def test_krum_looks_at_all_tensors_together(dtypes: tuple[DType, DType]) -> None:
     """In each of two tensors alone another push would be selected than in both."""
