@@ -396,12 +396,12 @@ def test_colluders_just_inside_the_bound_are_not_told_apart(aggregation: Aggrega
         (lambda: Krum(-1), "expected byzantine to be a whole number from 0 to 524286; got -1"),
         (lambda: Krum("1"), "expected byzantine to be a whole number from 0 to 524286; got '1'"),  # type: ignore[arg-type]
         (lambda: Krum(1, 0), "expected selected to be a whole number from 1 to 1048573; got 0"),
-        (lambda: Quarantine(factor=1.0), "expected factor to be a finite number above 1, .*; got 1.0"),
-        (lambda: Quarantine(factor=math.inf), "expected factor to be a finite number above 1, .*; got inf"),
-        (lambda: Quarantine(factor=math.nan), "expected factor to be a finite number above 1, .*; got nan"),
-        (lambda: Quarantine(factor="2"), "expected factor to be a finite number above 1, .*; got '2'"),  # type: ignore[arg-type]
+        (lambda: Quarantine(factor=1.0), "expected factor to be a number above 1; got 1.0"),
+        (lambda: Quarantine(factor=math.inf), "expected factor to be a number above 1; got inf"),
+        (lambda: Quarantine(factor=math.nan), "expected factor to be a number above 1; got nan"),
+        (lambda: Quarantine(factor="2"), "expected factor to be a number above 1; got '2'"),  # type: ignore[arg-type]
         (lambda: Quarantine(strikes=0), "expected strikes to be a whole number from 1 to 1048576; got 0"),
-        (lambda: Quarantine(updates=0), "expected updates to be a whole number from 1 to 2147483647; got 0"),
+        (lambda: Quarantine(updates=0), "expected updates to be a whole number from 1 to 9007199254740991; got 0"),
     ],
 )
 def test_values_are_checked_where_they_are_built(build: Any, message: str) -> None:

@@ -5,21 +5,13 @@ workers, called Byzantine, are few enough; the documentation says what they do n
 gradients g₁, ..., gₙ of the n pushes of a round. Each push counts once: its number of samples is only what its worker says.
 """
 
-import math
-import numbers
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from optserve._errors import InvalidPolicy
-from optserve._transforms import MOST_PUSHES, MOST_UPDATES
+from optserve._transforms import MOST_PUSHES
+from optserve.staleness import MOST_UPDATES, check_count, check_number
 
 __all__ = ["Aggregation", "Krum", "Median", "Quarantine", "TrimmedMean"]
-
-
-def _check_count(what: str, value: Any, least: int, most: int) -> None:
-    """Raises InvalidPolicy."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InvalidPolicy(f"expected {what} to be a whole number from {least} to {most}; got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ class TrimmedMean:
     trimmed: int
 
     def __post_init__(self) -> None:
-        _check_count("trimmed", self.trimmed, 1, (MOST_PUSHES - 1) // 2)
+        check_count("trimmed", self.trimmed, 1, (MOST_PUSHES - 1) // 2)
 
     @property
     def least(self) -> int:
@@ -78,8 +70,8 @@ class Krum:
     selected: int = 1
 
     def __post_init__(self) -> None:
-        _check_count("byzantine", self.byzantine, 0, (MOST_PUSHES - 3) // 2)
-        _check_count("selected", self.selected, 1, MOST_PUSHES - 2 - self.byzantine)
+        check_count("byzantine", self.byzantine, 0, (MOST_PUSHES - 3) // 2)
+        check_count("selected", self.selected, 1, MOST_PUSHES - 2 - self.byzantine)
 
     @property
     def least(self) -> int:
@@ -107,12 +99,7 @@ class Quarantine:
     updates: int = 100
 
     def __post_init__(self) -> None:
-        number = isinstance(self.factor, numbers.Real) and not isinstance(self.factor, bool)
-        if not (number and 1 < self.factor < math.inf):
-            raise InvalidPolicy(
-                f"expected factor to be a finite number above 1, how many times the median of norms is too much; "
-                f"got {self.factor!r}"
-            )
-        _check_count("strikes", self.strikes, 1, MOST_PUSHES)
-        _check_count("updates", self.updates, 1, MOST_UPDATES)
+        check_number("factor", self.factor, 1.0)
+        check_count("strikes", self.strikes, 1, MOST_PUSHES)
+        check_count("updates", self.updates, 1, MOST_UPDATES)
         object.__setattr__(self, "factor", float(self.factor))
