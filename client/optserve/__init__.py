@@ -3,6 +3,7 @@
 from optserve import formats, optim, schedules
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
+from optserve._diloco import DiLoCo
 from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -88,6 +89,7 @@ __all__ = [
     "Constant",
     "DeadlineExceeded",
     "Description",
+    "DiLoCo",
     "Durability",
     "FailedPrecondition",
     "GroupDescription",
