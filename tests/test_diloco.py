@@ -287,6 +287,7 @@ def test_training_goes_on_while_a_push_is_under_way(client: optserve.Client, new
         step.result(PATIENCE)
         assert diloco.synchronisations == 1
         np.testing.assert_array_equal(x, (3 + 1) / 2 + 2)  # the mean, and the two steps meanwhile
+        other.pull()
         pool.submit(other.push, ZEROS)  # for the end
 
 
