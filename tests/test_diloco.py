@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import optserve
-from optserve import DiLoCo, SkipNonFinite, Sync, Transforms, formats, optim
+from optserve import Buffered, DiLoCo, SkipNonFinite, Sync, Transforms, formats, optim
 from optserve._fragments import divide
 from optserve._specification import TensorSpec
 from optserve_server import Server
@@ -42,10 +42,15 @@ class Worker:
     """A worker's own optimizer, Adam with decay, on a loss of its own: each step depends on all steps before."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.random = np.random.default_rng(seed)
         self.targets = {name: self.random.normal(size=value.shape) for name, value in START.items()}
         self.m = {name: np.zeros(value.shape) for name, value in START.items()}
         self.v = {name: np.zeros(value.shape) for name, value in START.items()}
+
+    def samples(self, step: int) -> float:
+        """How many samples a step is on."""
+        return 1.0 + (self.seed + step) % 3
 
     def train(self, parameters: Mapping[str, Array]) -> None:
         for name, array in parameters.items():
@@ -70,16 +75,19 @@ def simulated(
     outer = torch.optim.SGD(shared.values(), **OUTER)
     base = {name: value.copy() for name, value in START.items()}  # what all workers took over last
     sent: list[Arrays] = [{} for _ in workers]
+    samples = np.zeros((count, len(fragments)))  # since each fragment's last sending
     under_way: dict[int, Arrays] = {}  # what comes, by fragment
     due: dict[int, int] = {}
 
     def send(part: int) -> None:
         outer.zero_grad()
         for name in fragments[part]:
-            shared[name].grad = torch.tensor(np.mean([base[name] - each[name] for each in local], axis=0))
+            differences = [base[name] - each[name] for each in local]
+            shared[name].grad = torch.tensor(np.average(differences, axis=0, weights=samples[:, part]))
             for mine, copies in zip(local, sent, strict=True):
                 copies[name] = mine[name].copy()
         outer.step()
+        samples[:, part] = 0
         under_way[part] = {name: shared[name].numpy().copy() for name in fragments[part]}
 
     def take_over(part: int, mixing: float | None) -> None:
@@ -97,6 +105,7 @@ def simulated(
     for step in range(1, steps + 1):
         for worker, mine in zip(workers, local, strict=True):
             worker.train(mine)
+            samples[worker.seed] += worker.samples(step)
         for part in [part for part in under_way if due[part] == step]:
             take_over(part, mixing)
         for part, offset in enumerate(offsets):
@@ -125,17 +134,19 @@ def trained(weights: optserve.ParameterSet, seed: int, steps: int, **options: An
     worker, trace = Worker(seed), list[Arrays]()
     with DiLoCo(weights, **options) as diloco:
         parameters = diloco.parameters
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             worker.train(parameters)
-            diloco.step()
+            diloco.step(samples=worker.samples(step))
             trace.append({name: value.copy() for name, value in parameters.items()})
     trace.append(dict(parameters))
     return trace, diloco
 
 
-def compare(client: optserve.Client, set_id: str, count: int, steps: int, **options: Any) -> list[DiLoCo]:
+def compare(
+    client: optserve.Client, set_id: str, count: int, steps: int, pushes: str = "gradients", **options: Any
+) -> list[DiLoCo]:
     """Train with so many workers in threads, and hold every parameter after every step to the simulation."""
-    client.create_parameter_set(set_id, START, optim.SGD(**OUTER), policy=Sync(count))
+    client.create_parameter_set(set_id, START, optim.SGD(**OUTER), policy=Sync(count), pushes=pushes)
     workers = [client.parameter_set(set_id, client_id=f"worker-{seed}") for seed in range(count)]
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(trained, each, seed, steps, **options) for seed, each in enumerate(workers)]
@@ -193,6 +204,40 @@ def test_fragments_take_turns(memory_client: optserve.Client, new_id: NewId, eve
 def test_fragments_with_all_that_there_is(client: optserve.Client, new_id: NewId) -> None:
     names = [["layer1/w", "layer1/b"], ["layer2/w", "layer2/b"], ["head"]]
     compare(client, new_id(), 4, steps=40, every=12, delay=7, mixing=0.5, fragments=names)
+
+
+@pytest.mark.parametrize("pushes", ["deltas", "parameters"])
+@pytest.mark.parametrize("options", [{}, {"delay": 4}, {"delay": 4, "mixing": 0.5}], ids=["", "delay", "mixing"])
+def test_sets_of_deltas_or_parameters_give_the_same(
+    memory_client: optserve.Client, new_id: NewId, pushes: str, options: dict[str, Any]
+) -> None:
+    compare(memory_client, new_id(), 2, steps=25, every=10, pushes=pushes, **options)
+    names = [["layer1/w", "layer1/b"], ["layer2/w", "layer2/b"], ["head"]]
+    compare(memory_client, new_id(), 2, steps=25, every=10, pushes=pushes, fragments=names, **options)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 6])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_all_work_of_all_workers_counts_once(
+    client: optserve.Client, new_id: NewId, delay: int, fragments: int
+) -> None:
+    """Nobody waits for anybody: the global parameters end at the sum of what all have added."""
+    set_id, randomness = new_id(), random.Random(delay)
+    client.create_parameter_set(set_id, START, PLAIN)
+    total = {name: value.copy() for name, value in START.items()}
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"every": 6, "delay": delay, "fragments": fragments}
+        workers = [stack.enter_context(DiLoCo(client.parameter_set(set_id), **options)) for _ in range(3)]
+        for _ in range(100):
+            diloco = randomness.choice(workers)
+            for name, array in diloco.parameters.items():
+                progress = np.array(randomness.randrange(8))
+                array += progress
+                total[name] += progress
+            diloco.step()
+    pulled = client.parameter_set(set_id).pull()
+    for name, value in total.items():
+        np.testing.assert_allclose(pulled[name], value, rtol=0, atol=1e-12 * abs(value).max())
 
 
 def test_workers_go_through_the_fragments_in_one_order_also_after_one_of_them_begins_again(
@@ -455,6 +500,25 @@ def test_sets_that_it_can_not_train_are_refused(memory_client: optserve.Client, 
             diloco.step()
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"policy": Buffered(pushes=2)}, "adds up pushes"),
+        ({"transforms": Transforms(accumulate=2)}, "adds up pushes"),
+        ({"policy": Sync(2, late="carry")}, "late='discard'"),
+        ({"pushes": "parameters"}, "pushes='deltas'"),
+    ],
+)
+def test_sets_that_can_not_take_fragments_in_turn_are_refused(
+    memory_client: optserve.Client, new_id: NewId, choices: dict[str, Any], message: str
+) -> None:
+    weights = memory_client.create_parameter_set(new_id(), START, PLAIN, **choices)
+    with DiLoCo(weights, every=5):
+        pass
+    with pytest.raises(optserve.InvalidArgument, match=message), DiLoCo(weights, every=5, fragments=2):
+        pass
+
+
 def test_steps_are_taken_inside_and_once(memory_client: optserve.Client, new_id: NewId) -> None:
     weights = memory_client.create_parameter_set(new_id(), ZEROS, PLAIN)
     diloco = DiLoCo(weights, every=1)
@@ -489,6 +553,149 @@ def test_a_skipped_push_is_counted_and_the_global_parameters_are_taken_over(
         diloco.step()
     assert (diloco.discarded, diloco.synchronisations) == (1, 2)
     np.testing.assert_array_equal(weights.pull()["x"], 1)
+
+
+def moved_on(weights: optserve.ParameterSet, *names: str) -> None:
+    """Let a worker that nobody waits for push one to tensors, so that others are late."""
+    weights.pull()
+    weights.push({name: np.full_like(START[name], -1.0) for name in names})
+
+
+@pytest.mark.parametrize("options", [{}, {"delay": 1}, {"delay": 1, "mixing": 0.5}], ids=["", "delay", "mixing"])
+def test_a_push_that_is_too_late_is_counted_and_the_global_parameters_are_taken_over(
+    client: optserve.Client, new_id: NewId, options: dict[str, Any]
+) -> None:
+    set_id = new_id()
+    other = client.create_parameter_set(set_id, START, PLAIN, policy=Sync(2, quorum=1))
+    with DiLoCo(client.parameter_set(set_id), every=2, **options) as diloco:
+        parameters = diloco.parameters
+        moved_on(other, *START)
+        for _ in range(2 + diloco._delay):
+            for array in parameters.values():
+                array += 5
+            diloco.step()
+        assert (diloco.discarded, diloco.synchronisations) == (1, 1)
+        assert diloco.receipt is not None
+        assert diloco.receipt.discarded
+        for name, value in START.items():
+            np.testing.assert_array_equal(parameters[name], value + 1)
+            parameters[name] += 1
+        diloco.step()
+    assert (diloco.discarded, diloco.synchronisations) == (1, 2)
+    pulled = other.pull()
+    for name, value in START.items():
+        np.testing.assert_array_equal(pulled[name], value + 2)
+
+
+@pytest.mark.parametrize("delay", [0, 6])
+def test_who_is_late_with_a_fragment_goes_on_with_the_one_whose_turn_it_is(
+    client: optserve.Client, new_id: NewId, delay: int
+) -> None:
+    """The second fragment is late, after which the third was updated already; with a delay the third is queued, too."""
+    set_id = new_id()
+    other = client.create_parameter_set(set_id, START, PLAIN, policy=Sync(2, quorum=1))
+    weights = client.parameter_set(set_id)
+    with DiLoCo(weights, every=6, delay=delay, fragments=FRAGMENTS) as diloco:
+        moved_on(other, "layer2/w", "layer2/b")
+        moved_on(other, "head")
+        with weights._session._lock if delay else contextlib.nullcontext():
+            for _ in range(2 + delay // 2):
+                for array in diloco.parameters.values():
+                    array += 5
+                diloco.step()
+        for _ in range(delay - delay // 2):
+            diloco.step()
+        assert (diloco.discarded, diloco.synchronisations) == (1, 1)
+        pulled = other.pull()
+        for name, array in diloco.parameters.items():
+            np.testing.assert_array_equal(array, pulled[name])
+            array += 1
+        for _ in range(2):
+            diloco.step()
+        if not delay:
+            changed = [name for name, array in other.pull().items() if (array != pulled[name]).any()]
+            assert changed == ["layer1/w", "layer1/b"]
+    for name, array in other.pull().items():
+        np.testing.assert_array_equal(array, pulled[name] + 1)
+
+
+def test_a_late_fragment_is_discarded_also_while_a_round_of_another_waits(
+    client: optserve.Client, new_id: NewId
+) -> None:
+    """And not refused because it does not fit that round."""
+    set_id, ones = new_id(), {name: np.ones(4) for name in "xy"}
+    client.create_parameter_set(set_id, ones, PLAIN, policy=Sync(3, quorum=2))
+    first, second, late = (client.parameter_set(set_id, client_id=name) for name in ("first", "second", "late"))
+    for each in (first, second, late):
+        each.pull()
+    with ThreadPoolExecutor(2) as pool:
+        for push in [pool.submit(each.step, {"x": ones["x"]}) for each in (first, second)]:
+            push.result(PATIENCE)
+        waiting = pool.submit(first.push, {"y": ones["y"]})
+        while not any(each.waiting for each in late.workers()):
+            assert not waiting.done()
+        assert late.push({"x": ones["x"]}).discarded
+        second.push({"y": ones["y"]})
+        waiting.result(PATIENCE)
+    np.testing.assert_array_equal(late.pull()["x"], 0)
+
+
+def test_members_train_until_they_leave_and_are_not_waited_for_longer(client: optserve.Client, new_id: NewId) -> None:
+    weights = client.create_parameter_set(new_id(), ZEROS, PLAIN, policy=Sync())
+
+    def train(worker: optserve.ParameterSet, steps: int) -> DiLoCo:
+        with worker, DiLoCo(worker, every=2) as diloco:
+            for _ in range(steps):
+                diloco.parameters["x"] += steps
+                diloco.step()
+        return diloco
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = [weights.worker().__enter__() for _ in range(2)]
+        few, many = (pool.submit(train, *each) for each in zip(workers, (4, 8), strict=True))
+        assert (few.result(PATIENCE).synchronisations, many.result(PATIENCE).synchronisations) == (2, 4)
+    np.testing.assert_array_equal(weights.pull()["x"], 2 * (8 + 16) / 2 + 2 * 16)
+
+
+def test_where_pushes_are_gathered_each_begins_from_the_global_parameters(
+    client: optserve.Client, new_id: NewId
+) -> None:
+    weights = client.create_parameter_set(new_id(), ZEROS, PLAIN, policy=Buffered(pushes=2))
+    with DiLoCo(weights, every=1) as diloco:
+        x = diloco.parameters["x"]
+        for expected in (0, 3):
+            x += expected + 1.5
+            diloco.step()
+            np.testing.assert_array_equal(x, expected)
+        assert (diloco.discarded, diloco.synchronisations) == (0, 2)
+
+
+@pytest.mark.parametrize("pushes", ["gradients", "deltas", "parameters"])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_buffers_become_what_the_server_makes_of_their_values(
+    client: optserve.Client, new_id: NewId, pushes: str, delay: int
+) -> None:
+    set_id, start = new_id(), {name: np.ones(3) for name in ("w", "mean", "count", "frozen")}
+    buffers = {"mean": "average", "count": "replace", "frozen": "freeze"}
+    client.create_parameter_set(set_id, start, PLAIN, policy=Sync(2), pushes=pushes, buffers=buffers)
+
+    def train(weights: optserve.ParameterSet, value: float) -> None:
+        with DiLoCo(weights, every=2, delay=delay, fragments=2) as diloco:
+            for _ in range(2 + delay):
+                for array in diloco.parameters.values():
+                    array += value
+                diloco.step()
+            assert (diloco.parameters["frozen"] == 1 + (2 + delay) * value).all()
+
+    with ThreadPoolExecutor(2) as pool:
+        handles = [client.parameter_set(set_id) for _ in range(2)]
+        for future in [pool.submit(train, weights, 1.0 + 2 * k) for k, weights in enumerate(handles)]:
+            future.result(PATIENCE)
+    pulled = handles[0].pull()
+    np.testing.assert_array_equal(pulled["frozen"], 1)
+    np.testing.assert_array_equal(pulled["w"], 1 + 2 * (2 + delay))
+    assert (pulled["mean"] > 1).all()
+    assert (pulled["count"] > 1).all()
 
 
 @pytest.mark.parametrize("format", [formats.Int8(), formats.TopK(0.5), formats.BFloat16()], ids=str)
