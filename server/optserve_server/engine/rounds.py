@@ -65,7 +65,8 @@ class Rounds:
 
     def join(self, commit: Commit) -> None:
         """Let a push wait for others; one that does not fit them is refused instead. Raises ServerDraining."""
-        self._check(commit.push)
+        if commit.discarded is None:  # else it may well be of other tensors than the present round
+            self._check(commit.push)
         if not self.waits(commit):
             return
         self.check_draining()
