@@ -272,6 +272,7 @@ class ParameterSet:
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
                 self._members.join(session)
+            self._decided.notify_all()  # its older stream may wait
         self._log.wait(session.last_event)
         return session
 
@@ -326,7 +327,7 @@ class ParameterSet:
         """
         commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
-        session.waits = True
+        session.heard(stream, waits=True)
         with self._lock:
             while not commit.done:
                 if self._commits:
@@ -336,7 +337,7 @@ class ParameterSet:
                         self._decided.notify_all()
                 else:
                     self._wait()
-        session.heard(waits=False)
+        session.heard(stream, waits=False)
         if commit.error is not None:
             try:
                 raise commit.error
@@ -372,14 +373,18 @@ class ParameterSet:
         """Whether workers may have to wait before they read."""
         return isinstance(self._rounds.policy, BoundedStaleness)
 
-    def await_turn(self, session: Session) -> None:
-        """Return once a worker is not too far ahead of others, as the policy has it; raises ServerDraining."""
+    def await_turn(self, session: Session, stream: object) -> None:
+        """Return once a worker is not too far ahead of others, as the policy has it.
+
+        Raises SessionSuperseded or ServerDraining.
+        """
         if not isinstance(self._rounds.policy, BoundedStaleness):
             return
         begin = time.monotonic()
         with self._lock:
             while isinstance(policy := self._rounds.policy, BoundedStaleness):
                 self._check_alive()
+                session.check_stream(stream)
                 self._rounds.check_draining()
                 self._end_round()
                 behind = self._members.behind(session, policy.bound)
@@ -389,33 +394,36 @@ class ParameterSet:
                 if left <= 0:
                     for client_id in behind:
                         self._dismiss(client_id)
+                    self._decided.notify_all()
                     break
-                session.waits = True
+                session.heard(stream, waits=True)
                 self._decided.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
-            session.heard(waits=False)
+            session.heard(stream, waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
-        """Return once all members have come to the barrier after `known` others; how many there were then.
+        """Return once all members have come to the barrier after `known` others, or to the first one since this worker is a
+        member; how many there were then.
 
         Raises RoundIncomplete, SessionSuperseded or ServerDraining.
         """
         deadline = getattr(self._rounds.policy, "deadline", BARRIER_DEADLINE)
         with self._lock:
             self._check_alive()
-            self._members.join(session)
-            self._barrier.arrive(session.client_id)
+            session.check_stream(stream)
+            session.heard(stream, waits=True)
+            known = max(known, self._members.join(session).barriers)
+            self._barrier.arrive(session.client_id, stream)
             try:
                 while self._barrier.passed <= known:
+                    self._check_alive()
                     session.check_stream(stream)
                     self._rounds.check_draining()
-                    if left := self._barrier.check(session.client_id, deadline):
-                        session.waits = True
-                        self._decided.wait(left)
-                        self._check_alive()
-                        self._end_round()
+                    self._end_round()
+                    if not self._barrier.opened():
+                        self._decided.wait(self._barrier.remaining(session.client_id, deadline))
             finally:
-                self._barrier.depart(session.client_id)
-                session.heard(waits=False)
+                self._barrier.depart(session.client_id, stream)
+                session.heard(stream, waits=False)
                 self._decided.notify_all()
             return self._barrier.passed
 
@@ -424,9 +432,10 @@ class ParameterSet:
         """How many barriers there were."""
         return self._barrier.passed
 
-    def leave(self, session: Session) -> None:
-        """Be no member any more: nobody waits for this worker."""
+    def leave(self, session: Session, stream: object) -> None:
+        """Be no member any more: nobody waits for this worker. Raises SessionSuperseded."""
         with self._lock:
+            session.check_stream(stream)
             self._dismiss(session.client_id)
             self._end_round()
             self._decided.notify_all()
