@@ -26,7 +26,7 @@ from optserve._errors import (
     TooStale,
 )
 from optserve._policies import BoundedStaleness, Policy
-from optserve._results import Change, Description, GroupDescription, Position, Receipt, Summary, Worker
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary, Worker
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
@@ -728,10 +728,12 @@ class ParameterSet:
     def _discard(self, commit: Commit) -> None:
         """Discard a push that is not to be part of an update, as the policy has it."""
         if commit.push.refusal is None:
-            barred = self._members.barred(commit.session.client_id)
+            client_id, version = commit.session.client_id, self._position.version
+            barred = self._members.barred(client_id)
+            missed = not self._members.took_part(client_id, version)
             known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
             try:
-                check_staleness(commit, self._rounds.policy, self._position.version, barred, known=known)
+                check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
             except TooStale as error:
                 commit.discarded = Refusal.of(error)
 
@@ -774,7 +776,8 @@ class ParameterSet:
                 commit.fail(error)
             return
         for commit in decided:
-            self._members.pushed(commit.session, commit.staleness)
+            taken = commit.receipt is not None and commit.receipt.outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
+            self._members.pushed(commit.session, commit.staleness, self._position.version if taken else -1)
         for commit in {*commits, *decided}:
             if commit.pull and commit.receipt is not None:
                 try:
