@@ -200,8 +200,8 @@ def test_threads_change_no_bit(aggregation: Aggregation, dtype: str) -> None:
         threads.close()
 
 
-def test_threads_and_the_order_of_pushes_change_no_bit_of_their_distances() -> None:
-    sizes = [100_003, 1, 65_536, 7]
+@pytest.mark.parametrize("sizes", [[100_003, 1, 65_536, 7], [3] * 20_000], ids=["large", "many"])
+def test_threads_and_the_order_of_pushes_change_no_bit_of_their_distances(sizes: list[int]) -> None:
     layout = set_of(sizes)
     random = np.random.default_rng(0)
     pushes = [arena_of(push, layout) for push in random.normal(size=(7, sum(sizes))).astype(np.float32)]
