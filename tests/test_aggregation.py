@@ -246,7 +246,7 @@ def test_buffers_are_aggregated_and_of_no_matter_to_distances(aggregation: Aggre
     gradients, values = random.normal(size=(7, 50)), 1e6 * random.normal(size=(7, 20))
     layout = set_of([50, 20], "float64")
     pushes, target = [arena_of(push, layout) for push in np.hstack([gradients, values])], layout.allocate()
-    work = Robust(aggregation, pushes, tables_of(layout, [0]), tables_of(layout, [1]))
+    work = Robust(aggregation, pushes, tables_of(layout, [0]), values=tables_of(layout, [1]))
     work.run(Arenas({}, {}, {}, target), ALONE)
     result = values_of(target, layout)
     assert bits(result[:50]) == bits(aggregate(aggregation, gradients))
@@ -445,57 +445,48 @@ def watch_of(norms: Sequence[float], rule: Quarantine = RULE) -> Watch:
     return watch
 
 
-def said(watch: Watch, client_id: str, norm: float, version: int) -> str | None:
-    """Why a push is discarded, or None."""
-    try:
-        watch.judge(client_id, norm, version)
-    except optserve.WorkerQuarantined as error:
-        return str(error)
-    return None
-
-
 def test_nothing_finite_is_an_outlier_before_there_are_enough_norms() -> None:
     watch = watch_of([1.0] * 9)
-    assert said(watch, "a", 1e30, 0) is None
+    assert watch.judge("a", 1e30, 0) is None
     watch.accept([1.0])
-    assert said(watch, "a", 1e30, 0) is not None
+    assert watch.judge("a", 1e30, 0) is not None
 
 
 @pytest.mark.parametrize("norms", [[], [1.0] * 10])
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_is_always_one(norms: list[float], norm: float) -> None:
-    assert "expected a gradient norm that is" in (said(watch_of(norms), "a", norm, 0) or "")
+    assert "expected a gradient norm that is" in (watch_of(norms).judge("a", norm, 0) or "")
 
 
 def test_a_norm_is_an_outlier_above_the_factor_times_the_median() -> None:
     watch = watch_of([1.0, 3.0] * 5)  # median 2
-    assert said(watch, "a", 4.0, 0) is None
-    assert said(watch, "a", math.nextafter(4.0, 5.0), 0) is not None
-    assert said(watch, "a", 0.0, 0) is None
+    assert watch.judge("a", 4.0, 0) is None
+    assert watch.judge("a", math.nextafter(4.0, 5.0), 0) is not None
+    assert watch.judge("a", 0.0, 0) is None
 
 
 def test_the_reason_says_what_was_expected_and_what_came() -> None:
     watch = watch_of([1.0] * 10)
-    assert said(watch, "a", 7.5, 4) == (
+    assert watch.judge("a", 7.5, 4) == (
         "expected a gradient norm that is at most 2, 2 times the median of those accepted last; got 7.5, outlier 1 in a row"
     )
-    said(watch, "a", 7.5, 5)
-    assert (said(watch, "a", 7.5, 6) or "").endswith(
+    watch.judge("a", 7.5, 5)
+    assert (watch.judge("a", 7.5, 6) or "").endswith(
         "outlier 3 in a row; client 'a' is in quarantine until version 106"
     )
-    assert said(watch, "a", 1.0, 7) == (
+    assert watch.judge("a", 1.0, 7) == (
         "client 'a' is in quarantine until version 106, after 3 outliers in a row; the set is at version 7"
     )
 
 
 def test_where_the_median_is_zero_nothing_is_an_outlier() -> None:
-    assert said(watch_of([0.0] * 6 + [1.0] * 4), "a", 1e30, 0) is None
+    assert watch_of([0.0] * 6 + [1.0] * 4).judge("a", 1e30, 0) is None
 
 
 def test_outliers_do_not_move_the_median() -> None:
     watch = watch_of([1.0] * 10, Quarantine(factor=2.0, strikes=1000))
     for version in range(500):
-        assert said(watch, "a", 2.1, version) is not None
+        assert watch.judge("a", 2.1, version) is not None
     assert watch.limit == 2.0
 
 
@@ -513,7 +504,7 @@ def test_a_slow_drift_is_not_told_apart() -> None:
     watch, norm = watch_of([1.0] * 100), 1.0
     for version in range(4000):
         norm *= 1.01
-        assert said(watch, "a", norm, version) is None
+        assert watch.judge("a", norm, version) is None
         watch.accept([norm])
     assert norm > 1e17
 
@@ -521,41 +512,39 @@ def test_a_slow_drift_is_not_told_apart() -> None:
 def test_strikes_count_outliers_in_a_row_of_one_client() -> None:
     watch = watch_of([1.0] * 10)
     for norm in (9, 9, 1, 9, 9):
-        said(watch, "a", norm, 0)
-        said(watch, "b", 9 if norm == 1 else 1, 0)
+        watch.judge("a", norm, 0)
+        watch.judge("b", 9 if norm == 1 else 1, 0)
     assert watch.standings == {"a": Standing(2, 0)}
-    assert not watch.bars("a", 0)
-    said(watch, "a", 9, 0)
-    assert watch.standings == {"a": Standing(0, 100)}
+    assert watch.quarantined(0) == {}
+    watch.judge("a", 9, 0)
+    assert watch.quarantined(0) == {"a": 100}
 
 
 def test_a_quarantine_lasts_as_many_updates_as_it_says_and_ends_without_strikes() -> None:
     watch = watch_of([1.0] * 10)
     for version in (5, 5, 6):
-        said(watch, "a", 9.0, version)
-    assert watch.bars("a", 6)
-    assert watch.bars("a", 105)
-    assert not watch.bars("b", 6)
-    assert all(said(watch, "a", 1.0, version) is not None for version in range(6, 106))
-    assert not watch.bars("a", 106)
-    assert said(watch, "b", 1.0, 50) is None
-    assert said(watch, "a", 9.0, 106) is not None
+        watch.judge("a", 9.0, version)
+    assert watch.quarantined(105) == {"a": 106}
+    assert all(watch.judge("a", 1.0, version) is not None for version in range(6, 106))
+    assert watch.quarantined(106) == {}
+    assert watch.judge("b", 1.0, 50) is None
+    assert watch.judge("a", 9.0, 106) is not None
     assert watch.standings == {"a": Standing(1, 0)}
-    assert said(watch, "a", 1.0, 106) is None
+    assert watch.judge("a", 1.0, 106) is None
     assert watch.standings == {}
 
 
 def test_one_strike_may_be_enough() -> None:
     watch = watch_of([1.0] * 10, Quarantine(factor=2.0, strikes=1, updates=1))
-    said(watch, "a", 9.0, 3)
-    assert (watch.bars("a", 3), watch.bars("a", 4)) == (True, False)
+    watch.judge("a", 9.0, 3)
+    assert watch.quarantined(3) == {"a": 4}
 
 
 def test_clients_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine, "MOST_STANDINGS", 3)
     watch = watch_of([1.0] * 10)
     for client in ("a", "b", "c", "a", "d"):
-        said(watch, client, 9.0, 0)
+        watch.judge(client, 9.0, 0)
     assert watch.standings == {"c": Standing(1, 0), "a": Standing(2, 0), "d": Standing(1, 0)}
 
 
@@ -563,13 +552,14 @@ def test_clients_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
 def test_the_same_pushes_lead_to_the_same_standings(pushes: list[tuple[str, float, bool]]) -> None:
     """Also from a copy, which goes on by itself."""
     ours = watch_of([1.0] * 10, Quarantine(factor=2.0, strikes=2, updates=3))
-    theirs, reasons = ours.copy(), list[list[str | None]]()
+    theirs, reasons = ours.copy(), []
     for watch in (ours, theirs):
-        version, reasons = 0, [*reasons, []]
+        version, said = 0, []
         for client, norm, updates in pushes:
-            reasons[-1].append(said(watch, client, norm, version))
-            if reasons[-1][-1] is None:
+            said.append(watch.judge(client, norm, version))
+            if said[-1] is None:
                 watch.accept([norm])
                 version += updates
+        reasons.append(said)
     assert reasons[0] == reasons[1]
     assert ours == theirs

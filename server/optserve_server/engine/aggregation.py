@@ -22,17 +22,17 @@ class Robust:
     """The aggregate of pushes, each decoded into an arena of its own: `share` times it is written to the gathered gradient
     over ranges of it, or, once `begun`, added to what is there.
 
-    `values` are ranges of buffers, which are aggregated alike, but are of no matter to distances. The pushes are at least
-    `aggregation.least`, and one of their arenas may be the gathered gradient's. Beside them an aggregate needs blocks of a
-    few kilobytes a push, and Krum n(n − 1)/2 sums for every STRIP elements.
+    Over those of `values`, which are no gradients, it is taken as well, but they have no part in distances. The pushes are at
+    least `aggregation.least`. One of their arenas may be the gathered gradient's. Beside them an aggregate
+    needs blocks of a few kilobytes a push, and Krum n(n − 1)/2 sums for every 32 768 elements.
     """
 
     aggregation: Aggregation
     pushes: Sequence[Arena]
     tables: Tables
-    values: Tables = field(default_factory=dict)
     share: float = 1.0
     begun: bool = False
+    values: Tables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.pushes) >= self.aggregation.least, (len(self.pushes), self.aggregation)

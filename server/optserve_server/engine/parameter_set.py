@@ -24,6 +24,7 @@ from optserve._errors import (
     ServerBusy,
     ServerError,
     TooStale,
+    WorkerQuarantined,
 )
 from optserve._policies import BoundedStaleness, Policy
 from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary, Worker
@@ -359,7 +360,7 @@ class ParameterSet:
         """Decide on a round that is over although nobody came."""
         for client_id in self._members.lapse(self._position.version):
             self._pipeline.bases.let_go(client_id)
-        if together := self._rounds.over():
+        if together := self._rounds.over(self._position.version):
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
                 self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
@@ -451,7 +452,8 @@ class ParameterSet:
         """The members, ordered by client id."""
         with self._lock:
             self._end_round()
-            return self._members.describe()
+            quarantined = self._rounds.quarantined(self._position.version)
+            return [replace(each, quarantined=each.client_id in quarantined) for each in self._members.describe()]
 
     def last_receipt(self, session: Session) -> Receipt | None:
         """What became of a session's last push, and how far that has come by now; None before the first."""
@@ -707,7 +709,7 @@ class ParameterSet:
                     commit.receipt, commit.event = first.receipt, first.event
                     continue
                 commit.staleness = draft.staleness(commit.push)
-                if not self._joins_round(commit) or (together := self._rounds.over()):
+                if not self._joins_round(commit) or (together := self._rounds.over(self._position.version)):
                     decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:
@@ -734,7 +736,8 @@ class ParameterSet:
             known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
             try:
                 check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
-            except TooStale as error:
+                self._rounds.judge(commit, version)
+            except (TooStale, WorkerQuarantined) as error:
                 commit.discarded = Refusal.of(error)
 
     def _fold(self, commit: Commit) -> None:
@@ -775,9 +778,12 @@ class ParameterSet:
             for commit in decided:
                 commit.fail(error)
             return
-        for commit in decided:
-            taken = commit.receipt is not None and commit.receipt.outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
-            self._members.pushed(commit.session, commit.staleness, self._position.version if taken else -1)
+        for decision in decisions:
+            taken = decision.receipts[0].outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
+            if taken:
+                self._rounds.accept(decision.commits)
+            for commit in decision.commits:
+                self._members.pushed(commit.session, commit.staleness, decision.version if taken else -1)
         for commit in {*commits, *decided}:
             if commit.pull and commit.receipt is not None:
                 try:

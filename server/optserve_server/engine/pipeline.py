@@ -16,9 +16,10 @@ from optserve._specification import Holds, ParameterSetSpec, Pushes
 from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive, Transforms
 from optserve._treatments import Treatment
+from optserve.aggregation import Aggregation
 from optserve.optim import Group
 from optserve.staleness import DelayCompensation, GapAware
-from optserve_server.engine import averages, clipping, rows, slot_formats
+from optserve_server.engine import aggregation, averages, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout, Place
 from optserve_server.engine.bases import Bases
 from optserve_server.engine.clipping import Clipping
@@ -121,11 +122,11 @@ class Pipeline:
         """Have memory for a mean, if a policy needs one; raises MemoryError."""
         if self.mean is None and gathers(self._spec, policy):
             self.mean = Mean(self._spec.tensors, self._layout, self._treatments)
-            self._compiled = set()
 
     def follow(self, policy: Policy, *, accumulated: int = 0) -> None:
         """Plan as a policy has it from now on; there is room for it."""
         self.policy = policy
+        self._compiled = set()
         self.bases.measure(policy.staleness)
         self._trigger = trigger_of(policy, self._spec.transforms)
         if not gathers(self._spec, policy) and not accumulated:
@@ -212,7 +213,7 @@ class Pipeline:
             return self._plan_folded(groups, progress, first.push, folded, updated)
         samples, terms = self._terms(progress, pushes)
         self._check_accumulating(progress, first.push)
-        gradients, gather = self.mean.plan(terms, begun=progress.accumulated > 0, compensated=self._compensated)
+        gradients, gather = self._gather(terms, progress)
         total, divisor = progress.samples + samples, self.divisor(progress)
         sparse = self._sparse(pushes, groups)
         filled = self._trigger.filled(progress.accumulated + 1, total)
@@ -221,6 +222,18 @@ class Pipeline:
         gathered = Gathered(gradients, sparse, first.push.parameters)
         planned = self.plan_gathered(groups, progress, gathered, updated, filled=filled)
         return replace(planned, gather=gather, gathered=gathered, recorded=self.records, samples=total, divisor=divisor)
+
+    def _gather(self, terms: Sequence[Term], progress: Progress) -> tuple[Gradients, list[Work]]:
+        assert self.mean is not None
+        begun, compensated = progress.accumulated > 0, self._compensated
+        if self._aggregation is None:
+            return self.mean.plan(terms, begun=begun, compensated=compensated)
+        share = 1.0 / self.divisor(progress)
+        return self.mean.plan_apart(terms, self._aggregation, share, begun=begun, compensated=compensated)
+
+    @property
+    def _aggregation(self) -> Aggregation | None:
+        return self.policy.aggregation if isinstance(self.policy, Sync) else None
 
     @property
     def records(self) -> bool:
@@ -314,6 +327,10 @@ class Pipeline:
             guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self.mean is not None:
             self.mean.compile(gradient)
+            if (compensated := self._compensated) is not None:
+                self.mean.compile_compensated(gradient, compensated)
+            if self._aggregation is not None:
+                aggregation.compile(self._layout, self._aggregation)
             gradient = dtype_of(gradient)
             guard_loop(gradient)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self._loops is not None:
@@ -344,8 +361,9 @@ class Pipeline:
         match choice:
             case DelayCompensation(scale):
                 return Compensated(Compensation.DELAY, scale, differences=differences)
-            case GapAware() if steps is not None:
-                return Compensated(Compensation.GAP, steps.correction, steps.squares, differences)
+            case GapAware():
+                correction, squares = (steps.correction, steps.squares) if steps is not None else (0.0, None)
+                return Compensated(Compensation.GAP, correction, squares, differences)
             case _:
                 return Compensated(Compensation.NONE, 0.0, differences=differences)
 
@@ -438,7 +456,7 @@ class Pipeline:
 
     def _check_sparse(self, sparse: Iterable[int], groups: Sequence[TensorGroup]) -> None:
         """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, or be looked at."""
-        if self._trigger != Trigger(1) or self.keeps_bases:
+        if self._trigger != Trigger(1) or self.keeps_bases or self._aggregation is not None:
             raise TensorMismatch(
                 f"set {self._spec.id!r}: its policy, {self.policy}, looks at all rows: expected a dense gradient; got a "
                 "row-sparse one. Push all rows, or choose another policy"

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from optserve._errors import WorkerQuarantined
 from optserve.aggregation import Quarantine
 
 MOST_STANDINGS = (
@@ -17,8 +16,8 @@ MOST_STANDINGS = (
 class Standing(NamedTuple):
     """A client's outliers in a row, and the version from which its pushes are judged again."""
 
-    strikes: int = 0
-    until: int = 0
+    strikes: int
+    until: int
 
 
 @dataclass(slots=True)
@@ -38,44 +37,49 @@ class Watch:
         median = statistics.median(self.norms) if len(self.norms) >= self.quarantine.least else 0.0
         return self.quarantine.factor * median or math.inf
 
-    def bars(self, client_id: str, version: int) -> bool:
-        """Whether a client is in quarantine while the set is at a version."""
-        return version < self.standings.get(client_id, Standing()).until
+    def judge(self, client_id: str, norm: float, version: int) -> str | None:
+        """Why a client's push of some norm is discarded by a set at a version, or None; an outlier is a strike.
 
-    def judge(self, client_id: str, norm: float, version: int) -> None:
-        """Raises WorkerQuarantined for a push that is to be discarded; one that is an outlier is a strike.
-
-        A push that is not discarded may be judged again, to the same end; its norm counts once it is accepted.
+        To be asked once for each push: nothing is known of a norm until it is accepted.
         """
-        standing = self.standings.get(client_id, Standing())
+        standing = self.standings.get(client_id, Standing(0, 0))
         if version < standing.until:
-            raise WorkerQuarantined(
+            return (
                 f"client {client_id!r} is in quarantine until version {standing.until}, after {self.quarantine.strikes} "
                 f"outliers in a row; the set is at version {version}"
             )
         limit = self.limit
         self.standings.pop(client_id, None)
-        if not (math.isfinite(norm) and norm <= limit):
-            raise WorkerQuarantined(self._strike(client_id, standing.strikes + 1, version, norm, limit))
+        if math.isfinite(norm) and norm <= limit:
+            return None
+        standing = self._struck(standing.strikes + 1, version)
+        self.standings[client_id] = standing
+        if len(self.standings) > MOST_STANDINGS:
+            del self.standings[next(iter(self.standings))]
+        return self._outlier(client_id, norm, limit, standing)
 
     def accept(self, norms: Iterable[float]) -> None:
         """Remember the norms of pushes that became part of an update, in an order that does not depend on time."""
         self.norms = (*self.norms, *norms)[-self.quarantine.window :]
 
+    def quarantined(self, version: int) -> dict[str, int]:
+        """The clients that are in quarantine when the set is at a version, and until which."""
+        return {client: standing.until for client, standing in self.standings.items() if version < standing.until}
+
     def copy(self) -> "Watch":
         """The same in memory of its own."""
         return Watch(self.quarantine, self.norms, dict(self.standings))
 
-    def _strike(self, client_id: str, strikes: int, version: int, norm: float, limit: float) -> str:
-        """Count a client's outlier, and say what follows."""
-        bound, follows = "finite", ""
+    def _struck(self, strikes: int, version: int) -> Standing:
+        """Where a client stands after so many outliers in a row."""
+        if strikes < self.quarantine.strikes:
+            return Standing(strikes, 0)
+        return Standing(0, version + self.quarantine.updates)
+
+    def _outlier(self, client_id: str, norm: float, limit: float, standing: Standing) -> str:
+        bound = "finite"
         if limit < math.inf:
             bound = f"at most {limit:.6g}, {self.quarantine.factor:g} times the median of those accepted last"
-        self.standings[client_id] = Standing(strikes)
-        if strikes >= self.quarantine.strikes:
-            until = version + self.quarantine.updates
-            self.standings[client_id] = Standing(0, until)
-            follows = f"; client {client_id!r} is in quarantine until version {until}"
-        if len(self.standings) > MOST_STANDINGS:
-            del self.standings[next(iter(self.standings))]
-        return f"expected a gradient norm that is {bound}; got {norm:.6g}, outlier {strikes} in a row{follows}"
+        count = standing.strikes or self.quarantine.strikes
+        follows = f"; client {client_id!r} is in quarantine until version {standing.until}" if standing.until else ""
+        return f"expected a gradient norm that is {bound}; got {norm:.6g}, outlier {count} in a row{follows}"
