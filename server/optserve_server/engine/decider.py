@@ -140,11 +140,12 @@ class Decider:
                 return self._plan(draft, event.changes, self._pipeline.added(brought), stalenesses, plan)
             except InvalidArgument:
                 return Outcome.REFUSED
-        samples = draft.progress.samples + self._pipeline.samples_of([each.samples for each in event.pushes])
+        counted = self._pipeline.samples_of(draft.progress, [each.samples for each in event.pushes])
         filled = event.pushes[0].receipt.outcome is Outcome.APPLIED
 
         def planned(groups: tuple[TensorGroup, ...], progress: Progress, updated: set[int]) -> Update:
             update = self._pipeline.plan_gathered(groups, progress, brought, updated, filled=filled)
-            return replace(update, samples=samples, divisor=self._pipeline.divisor(draft.progress))
+            divisor = self._pipeline.divisor(progress, counted)
+            return replace(update, samples=progress.samples + counted, divisor=divisor)
 
         return self._plan(draft, event.changes, tuple(brought.gradients), stalenesses, planned)

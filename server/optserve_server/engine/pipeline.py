@@ -118,18 +118,23 @@ class Pipeline:
         }
         self._averages = bool(averages.slots(spec.transforms))
 
-    def make_room(self, policy: Policy) -> None:
-        """Have memory for a mean, if a policy needs one; raises MemoryError."""
-        if self.mean is None and gathers(self._spec, policy):
+    def make_room(self, policy: Policy, *, accumulated: int = 0) -> None:
+        """Have memory for a mean, if a policy needs one, or pushes that were accumulated before; raises MemoryError."""
+        if self.mean is None and (accumulated or gathers(self._spec, policy)):
             self.mean = Mean(self._spec.tensors, self._layout, self._treatments)
 
     def follow(self, policy: Policy, *, accumulated: int = 0) -> None:
         """Plan as a policy has it from now on; there is room for it."""
         self.policy = policy
         self._compiled = set()
+        self._gathers = gathers(self._spec, policy)
         self.bases.measure(policy.staleness)
         self._trigger = trigger_of(policy, self._spec.transforms)
-        if not gathers(self._spec, policy) and not accumulated:
+        self.settle(accumulated)
+
+    def settle(self, accumulated: int) -> None:
+        """Let go of a mean that no policy needs any more, and in which nothing waits."""
+        if not self._gathers and not accumulated:
             self.mean = None
 
     @property
@@ -213,8 +218,8 @@ class Pipeline:
             return self._plan_folded(groups, progress, first.push, folded, updated)
         samples, terms = self._terms(progress, pushes)
         self._check_accumulating(progress, first.push)
-        gradients, gather = self._gather(terms, progress)
-        total, divisor = progress.samples + samples, self.divisor(progress)
+        gradients, gather = self._gather(terms, progress, samples)
+        total, divisor = progress.samples + samples, self.divisor(progress, samples)
         sparse = self._sparse(pushes, groups)
         filled = self._trigger.filled(progress.accumulated + 1, total)
         if filled and total != divisor:
@@ -223,12 +228,12 @@ class Pipeline:
         planned = self.plan_gathered(groups, progress, gathered, updated, filled=filled)
         return replace(planned, gather=gather, gathered=gathered, recorded=self.records, samples=total, divisor=divisor)
 
-    def _gather(self, terms: Sequence[Term], progress: Progress) -> tuple[Gradients, list[Work]]:
+    def _gather(self, terms: Sequence[Term], progress: Progress, counted: float) -> tuple[Gradients, list[Work]]:
         assert self.mean is not None
         begun, compensated = progress.accumulated > 0, self._compensated
         if self._aggregation is None:
             return self.mean.plan(terms, begun=begun, compensated=compensated)
-        share = 1.0 / self.divisor(progress)
+        share = counted / self.divisor(progress, counted)
         return self.mean.plan_apart(terms, self._aggregation, share, begun=begun, compensated=compensated)
 
     @property
@@ -302,9 +307,10 @@ class Pipeline:
             index for index, sparse in push.covers if not sparse and self._treatments.get(index) is not Treatment.FREEZE
         )
 
-    def samples_of(self, samples: Sequence[float]) -> float:
-        """What pushes that were decided on together count towards the next update."""
-        return 1.0 if self.rounds else sum(samples)
+    def samples_of(self, progress: Progress, samples: Sequence[float]) -> float:
+        """What pushes that were decided on together count towards the next update: a round one, but beside others."""
+        alike = not progress.accumulated or self._spec.transforms.accumulate > 1
+        return 1.0 if self.rounds and alike else sum(samples)
 
     def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
         """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
@@ -374,13 +380,13 @@ class Pipeline:
     def _terms(self, progress: Progress, pushes: Sequence[Pushed]) -> tuple[float, list[Term]]:
         """What each of some pushes adds to the mean, and how much all of them count."""
         samples = [each.push.samples for each in pushes]
-        counted, divisor = self.samples_of(samples), self.divisor(progress)
-        total = sum(samples) / counted
+        counted = self.samples_of(progress, samples)
+        total, divisor = sum(samples) / counted, self.divisor(progress, counted)
         return counted, [self._term(each, n / total / divisor) for each, n in zip(pushes, samples, strict=True)]
 
-    def divisor(self, progress: Progress) -> float:
-        """What each push is divided by as it is added to those that wait."""
-        return progress.divisor if progress.accumulated else self._trigger.divisor
+    def divisor(self, progress: Progress, counted: float) -> float:
+        """What each push is divided by as it is added to those that wait; the first of them counts so much."""
+        return progress.divisor if progress.accumulated else self._trigger.divisor(counted)
 
     @property
     def _alone(self) -> bool:
@@ -519,10 +525,12 @@ class Trigger(NamedTuple):
     pushes: int = 0
     samples: float = 0.0
 
-    @property
-    def divisor(self) -> float:
-        """What pushes are divided by as they are added up, so that their sum is about the mean."""
-        return self.samples or float(self.pushes)
+    def __str__(self) -> str:
+        return f"{self.samples:g} samples" if self.samples else f"{self.pushes} pushes"
+
+    def divisor(self, first: float) -> float:
+        """What pushes are divided by as they are added up, so that their sum is about the mean, if all are like the first."""
+        return max(self.samples, first) if self.samples else self.pushes * first
 
     def filled(self, pushes: int, samples: float) -> bool:
         """Whether so many make an update."""
