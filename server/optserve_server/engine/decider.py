@@ -7,7 +7,7 @@ from typing import Any
 
 from optserve._errors import InvalidArgument, InvalidState, Refusal
 from optserve._results import Outcome, Receipt
-from optserve._specification import ParameterSetSpec
+from optserve._specification import ParameterSetSpec, Pushes
 from optserve._transforms import SkipNonFinite
 from optserve_server.engine.arena import Arena
 from optserve_server.engine.commit import Commit
@@ -78,6 +78,12 @@ class Decider:
         if not commit.staleness or not self._pipeline.keeps_bases or commit.push.base is None:
             return None
         return self._pipeline.bases.at(commit.push.base.version)
+
+    def knows_base(self, commit: Commit) -> bool:
+        """Whether the parameters that a push was computed at can be looked at, as far as they must be."""
+        if commit.staleness is None:
+            return self._spec.pushes is not Pushes.PARAMETERS
+        return not commit.staleness or not self._pipeline.keeps_bases or self.base(commit) is not None
 
     def _plan(
         self,

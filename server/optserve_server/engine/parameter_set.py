@@ -734,7 +734,7 @@ class ParameterSet:
             client_id, version = commit.session.client_id, self._position.version
             barred = self._members.barred(client_id)
             missed = not self._members.took_part(client_id, version)
-            known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
+            known = self._decider.knows_base(commit)
             try:
                 check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
                 self._rounds.judge(commit, version)

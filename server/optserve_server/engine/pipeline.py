@@ -216,8 +216,9 @@ class Pipeline:
             return self._rule_update(groups, progress, gathered, self._factors(first), updated)
         if folded is not None:
             return self._plan_folded(groups, progress, first.push, folded, updated)
-        samples, terms = self._terms(progress, pushes)
+        self._check_added(first.push)
         self._check_accumulating(progress, first.push)
+        samples, terms = self._terms(progress, pushes)
         gradients, gather = self._gather(terms, progress, samples)
         total, divisor = progress.samples + samples, self.divisor(progress, samples)
         sparse = self._sparse(pushes, groups)
@@ -248,9 +249,9 @@ class Pipeline:
     def fold(self, pushed: Pushed, folded: Folded) -> tuple[Sequence[Work], dict[int, SparseGradient]]:
         """The work of adding a push to what was folded before, and the sparse gradients after it; raises InvalidArgument."""
         assert self.mean is not None
-        push, samples = pushed.push, pushed.push.samples
-        share = samples / folded.divisor
-        term = self._term(pushed, share)
+        push = pushed.push
+        self._check_added(push)
+        term = self._term(pushed, push.samples / folded.divisor)
         _, gather = self.mean.plan([term], begun=folded.first is not None, compensated=self._compensated)
         factor = term.weight * term.factor
         before = folded.sparse
@@ -297,7 +298,7 @@ class Pipeline:
             work.insert(0, Clipping(clip, self._spec.tensors, optimized, self._layout, sparse))
         values = [index for index in gathered.gradients if index in self._treatments]
         if values:
-            work.append(Replaced(values, self._layout, averages.slots(self._spec.transforms)))
+            work.append(Replaced(values, self._layout, self.copies))
         memories = {**ruled.memories, **{index: progress.memory[index] for index in values}}
         return replace(ruled, work=work, memories=memories)
 
@@ -397,6 +398,13 @@ class Pipeline:
         """What the learning rate of an update is divided by, by the staleness of its pushes."""
         return learning_rate_divisor(self.policy.staleness, stalenesses[0], alone=self._alone)
 
+    def _check_added(self, push: Push) -> None:
+        """Raises TensorMismatch for a push of which nothing would be left."""
+        if not self.added(push) and not push.sparse:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: expected at least one tensor that is not frozen; got {len(push.covers)} that are"
+            )
+
     def _check_accumulating(self, progress: Progress, push: Push) -> None:
         """Raises TensorMismatch for a push that can't be averaged with those that were accumulated before."""
         if progress.accumulated and self.added(push) != progress.accumulating:
@@ -462,6 +470,10 @@ class Pipeline:
 
     def _check_sparse(self, sparse: Iterable[int], groups: Sequence[TensorGroup]) -> None:
         """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, or be looked at."""
+        if buffers := [self._spec.tensors[index].name for index in sparse if index in self._treatments]:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: expected all values of {buffers[0]!r}, which no rule touches; got some rows"
+            )
         if self._trigger != Trigger(1) or self.keeps_bases or self._aggregation is not None:
             raise TensorMismatch(
                 f"set {self._spec.id!r}: its policy, {self.policy}, looks at all rows: expected a dense gradient; got a "
