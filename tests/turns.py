@@ -1,14 +1,14 @@
 """Threads that take turns under a clock that stands still, so that what they do depends on nothing but who goes on when.
 
-A `Stage` takes the place of the time and of the lock's condition that a parameter set waits on. Its tasks are threads of which
-one runs at a time, from when it is told to until it waits, pauses or ends.
+A `Stage` takes the place of the time, and of the conditions that a parameter set waits on. Its tasks are threads of which one runs
+at a time, from when it is told to until it waits, pauses or ends.
 """
 
 import enum
 import math
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import pytest
@@ -107,6 +107,8 @@ class Condition:
             if task.progress is Progress.WAITS:
                 task.progress = Progress.READY
 
+    notify = notify_all  # where one waits at most
+
 
 class Stage:
     """Tasks and their time, which is what modules of the engine see while a block lasts."""
@@ -123,6 +125,8 @@ class Stage:
     def __enter__(self) -> Self:
         for module in TIMED:
             self._patch.setattr(module, "time", self)
+        waits = SimpleNamespace(Lock=threading.Lock, Condition=lambda lock: Condition(self, lock))
+        self._patch.setattr(parameter_set, "threading", waits)
         return self
 
     def __exit__(
@@ -142,10 +146,6 @@ class Stage:
     def time_ns(self) -> int:
         """Likewise."""
         return round(self.now * 1e9)
-
-    def direct(self, each: parameter_set.ParameterSet) -> None:
-        """Let calls of a set wait here."""
-        each._decided = Condition(self, each._lock)  # type: ignore[assignment]
 
     def begin(self, call: Callable[[], Any]) -> Task:
         """A task that is ready to run."""
