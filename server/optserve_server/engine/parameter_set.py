@@ -363,6 +363,9 @@ class ParameterSet:
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
                 self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
+            except Exception as error:
+                for each in together:
+                    each.fail(error)
             finally:
                 self._changed.notify_all()
 
