@@ -235,12 +235,16 @@ def test_a_barrier_says_so_at_its_deadline(there: optserve.Client, patient: Serv
         weights.worker("absent"),
         optserve.Client(patient.address, timeout=0.5) as client,
         client.parameter_set(weights.id, client_id="there") as there_alone,
-        pytest.raises(optserve.RoundIncomplete, match="all 2 members at a barrier within 0.2 s; 1 did not come, of 'absent'"),
+        pytest.raises(
+            optserve.RoundIncomplete, match="all 2 members at a barrier within 0.2 s; 1 did not come, of 'absent'"
+        ),
     ):
         there_alone.barrier()
 
 
-def test_who_is_killed_and_comes_back_goes_on_exactly_once(here: optserve.Client, mortal: Server, new_id: NewId) -> None:
+def test_who_is_killed_and_comes_back_goes_on_exactly_once(
+    here: optserve.Client, mortal: Server, new_id: NewId
+) -> None:
     weights = created(here, new_id(), Sync(2))
     with weights.worker("alive") as alive, ThreadPoolExecutor(1) as pool:
         with puppet(mortal.address, weights.id, "killed") as killed:

@@ -362,10 +362,12 @@ class ParameterSet:
         if together := self._rounds.over(self._position.version):
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
-                self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
+                decision = self._decide(together, draft, self._events + 1)
             except Exception as error:
                 for each in together:
                     each.fail(error)
+            else:
+                self._settle(draft, [decision], together)
             finally:
                 self._changed.notify_all()
 
@@ -775,7 +777,9 @@ class ParameterSet:
             push.let_go()
 
     def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
-        folded = self._rounds.folded if self._folds and self._rounds.waits(commits[0]) else None
+        folded = None
+        if self._folds and self._rounds.waits(commits[0]):
+            folded, self._rounds.folded = self._rounds.folded, None
         return self._decider.decide(commits, draft, number, folded)
 
     @property

@@ -112,8 +112,10 @@ class Rounds:
         return []
 
     def change(self, policy: Policy) -> None:
-        """Follow another policy; a round that is under way is given up."""
+        """Follow another policy; a round that is under way is given up, and one of another number waits for that many."""
         self.give_up(RoundIncomplete("the policy of this set has changed. Nothing was applied; push again"))
+        if getattr(policy, "workers", None) != getattr(self.policy, "workers", None):
+            self._members.vacancies = 0
         self.policy = policy
         self._watch = self._watch_of(policy)
 
@@ -154,6 +156,7 @@ class Rounds:
         """Fail everyone who waits."""
         for commit in self._take():
             commit.fail(type(error)(str(error)))  # each its own: it is raised in several threads
+        self.folded = None
 
     @property
     def _quorum_over(self) -> float:
