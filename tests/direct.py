@@ -157,8 +157,13 @@ class DirectSet:
 
 def restored(path: Path, threads: int = 2) -> ParameterSet:
     """The only set that a data directory has, as a server would bring it back."""
+    (parameter_set,) = all_restored(path, threads)
+    return parameter_set
+
+
+def all_restored(path: Path, threads: int = 2) -> list[ParameterSet]:
+    """All sets that a data directory has, ordered by id."""
     engine, directory = Engine(threads), DataDirectory(path)
     directory.restore(engine)
     directory.close()
-    (parameter_set,) = engine.list()
-    return parameter_set
+    return engine.list()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import optserve
-from direct import restored
+from direct import all_restored
 from equality import assert_same
 from optserve import (
     Async,
@@ -82,12 +82,12 @@ def worker(durable: Server) -> Iterator[optserve.Client]:
 
 
 def assert_repeats(durable: Server, tmp_path: Path) -> State:
-    """What is on disk now, as after a crash, makes the server's only set again."""
-    (ours,) = durable._engine.list()
+    """What is on disk now, as after a crash, makes the server's sets again; the state of the first."""
     shutil.copytree(tmp_path / "data", tmp_path / "copy")
-    theirs = restored(tmp_path / "copy")
-    assert_same(ours, theirs)
-    return theirs.capture()
+    theirs = all_restored(tmp_path / "copy")
+    for ours, each in zip(durable._engine.list(), theirs, strict=True):
+        assert_same(ours, each)
+    return theirs[0].capture()
 
 
 @pytest.mark.parametrize(
@@ -330,24 +330,24 @@ def pushed(seed: int) -> dict[str, Array]:
     return tensors(seed=seed) | {"more": np.random.default_rng(seed).standard_normal(50).astype(np.float32)}
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["journal", "checkpoint in the middle"])
 @pytest.mark.parametrize("kind", POLICIES)
-def test_policies(kind: str, checkpointed: bool, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
-    """A checkpoint comes while pushes wait in a buffer, and so does the end."""
-    created = worker.create_parameter_set(
-        "set", tensors() | MORE_TENSORS, optim.Adam(lr=0.01), journal="always", **POLICIES[kind]
-    )
-    handles = [created, worker.parameter_set("set", client_id="other")]
-    for step in range(11):
-        k, scale = step % 2, 1.0 if POLICIES[kind].get("pushes") == "parameters" or step % 5 else 8.0
-        if k == 0 or step % 8 == 1:
-            handles[k].pull()
-        handles[k].push(pushed(step), samples=1 + step % 3, loss_scale=scale)
-        if step == 6:
-            with pytest.raises(optserve.NonFiniteValue):
-                handles[k].push({"more": np.full(50, np.nan, np.float32)})
-            if checkpointed:
-                created.checkpoint()
+def test_policies(kind: str, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """Of a set whose checkpoint came while pushes wait in a buffer, as does the end, and of one that has its journal only."""
+    for set_id in ("journal", "checkpoint"):
+        created = worker.create_parameter_set(
+            set_id, tensors() | MORE_TENSORS, optim.Adam(lr=0.01), journal="always", **POLICIES[kind]
+        )
+        handles = [created, worker.parameter_set(set_id, client_id="other")]
+        for step in range(11):
+            k, scale = step % 2, 1.0 if POLICIES[kind].get("pushes") == "parameters" or step % 5 else 8.0
+            if k == 0 or step % 8 == 1:
+                handles[k].pull()
+            handles[k].push(pushed(step), samples=1 + step % 3, loss_scale=scale)
+            if step == 6:
+                with pytest.raises(optserve.NonFiniteValue):
+                    handles[k].push({"more": np.full(50, np.nan, np.float32)})
+                if set_id == "checkpoint":
+                    created.checkpoint()
     state = assert_repeats(durable, tmp_path)
     assert bool(state.progress.accumulated) == ("buffer" in kind or "accumulated" in kind)
     assert max(state.progress.staleness) > 0
