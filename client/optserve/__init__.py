@@ -3,6 +3,7 @@
 from optserve import aggregation, formats, optim, presets, schedules, staleness
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
+from optserve._diloco import DiLoCo
 from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -94,6 +95,7 @@ __all__ = [
     "Constant",
     "DeadlineExceeded",
     "Description",
+    "DiLoCo",
     "Durability",
     "FailedPrecondition",
     "GroupDescription",

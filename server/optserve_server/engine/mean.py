@@ -10,7 +10,7 @@ from optserve._dtypes import DType
 from optserve._specification import TensorSpec
 from optserve._treatments import Treatment
 from optserve.aggregation import Aggregation
-from optserve_server.engine.aggregation import Robust, tables_of
+from optserve_server.engine.aggregation import Robust, Tables, tables_of
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign
 from optserve_server.engine.loops import MEAN_COLUMNS, Compensation, compensated_mean_loop, mean_loop, scale_loop
 from optserve_server.engine.rows import SparseGradient
@@ -128,7 +128,8 @@ class Apart:
 
     pushes: Sequence[Sequence[Part | CompensatedPart]]
     aggregation: Aggregation
-    tables: Mapping[ComputeType, Ranges]
+    tables: Tables
+    values: Tables
     layout: Layout
     share: float
     begun: bool
@@ -140,7 +141,7 @@ class Apart:
             for part in parts:
                 part.run(arenas._replace(gradient=own), threads)
             gathered.append(own)
-        Robust(self.aggregation, gathered, self.tables, self.share, self.begun).run(arenas, threads)
+        Robust(self.aggregation, gathered, self.tables, self.share, self.begun, self.values).run(arenas, threads)
 
 
 class Mean:
@@ -176,17 +177,21 @@ class Mean:
         begun: bool = False,
         compensated: Compensated | None = None,
     ) -> tuple[Gradients, list[Work]]:
-        """As `plan`, for an aggregate that takes the place of the sum, times a share; buffers are added up as ever."""
+        """As `plan`, for an aggregate that takes the place of the sum, times a share; what replaces others is the last."""
         present, optimized, rest = self._present(terms)
+        values = [index for index in rest if self._treatments[index] is Treatment.AVERAGE]
         pushes: list[Sequence[Part | CompensatedPart]] = []
         for term in terms:
-            alone = replace(term, weight=term.weight / term.share)
+            alone = replace(term, weight=term.weight / term.share, share=1.0)
+            parts: list[Part | CompensatedPart] = list(self._plain([alone], values, begun=False))
             if compensated is None:
-                pushes.append(list(self._plain([alone], optimized, begun=False)))
+                parts += self._plain([alone], optimized, begun=False)
             else:
-                pushes.append(list(self._compensated(alone, optimized, True, compensated)))
-        apart = Apart(pushes, aggregation, tables_of(self._layout, optimized), self._layout, share, begun)
-        return self.at(present), [apart, *self._plain(terms, rest, begun)]
+                parts += self._compensated(alone, optimized, True, compensated)
+            pushes.append(parts)
+        tables = [tables_of(self._layout, indices) for indices in (optimized, values)]
+        apart = Apart(pushes, aggregation, tables[0], tables[1], self._layout, share, begun)
+        return self.at(present), [apart, *self._plain(terms, [index for index in rest if index not in values], begun)]
 
     def _present(self, terms: Sequence[Term]) -> tuple[list[int], list[int], list[int]]:
         """The tensors that are gathered: all, those that a rule will see, and the rest."""

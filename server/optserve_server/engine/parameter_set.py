@@ -94,7 +94,7 @@ class ParameterSet:
         self._sessions = Sessions()
         self._threads = threads
         self._lock = threading.Lock()
-        self._decided = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._gone: OptserveError | None = None
         self._broken = False
         self.lost = False
@@ -245,7 +245,7 @@ class ParameterSet:
                 self._policy_since = self._position.version
             self._events = event.number
             self._broken = False
-            self._decided.notify_all()
+            self._changed.notify_all()
         self._log.wait(event.number)
 
     def _make_room(self, policy: Policy) -> None:
@@ -269,7 +269,8 @@ class ParameterSet:
         with self._lock:
             self._check_alive()
             while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
-                self._wait()
+                self._changed.wait(self._rounds.remaining)
+                self._end_round()
                 self._check_alive()
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
@@ -335,9 +336,11 @@ class ParameterSet:
                     try:
                         self._apply(self._next_commits())
                     finally:
-                        self._decided.notify_all()
+                        self._changed.notify_all()
                 else:
-                    self._wait()
+                    commit.decided = threading.Condition(self._lock)
+                    commit.decided.wait(self._rounds.remaining)
+                    self._end_round()
         session.heard(waits=False)
         if commit.error is not None:
             try:
@@ -353,11 +356,6 @@ class ParameterSet:
             raise
         return self._told(commit.receipt, commit.event, session), commit.snapshot
 
-    def _wait(self) -> None:
-        """Wait under the lock until something happens; then see whether a round is over."""
-        self._decided.wait(self._rounds.remaining)
-        self._end_round()
-
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
         for client_id in self._members.lapse(self._position.version):
@@ -367,7 +365,7 @@ class ParameterSet:
             try:
                 self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
             finally:
-                self._decided.notify_all()
+                self._changed.notify_all()
 
     @property
     def takes_turns(self) -> bool:
@@ -393,7 +391,7 @@ class ParameterSet:
                         self._dismiss(client_id)
                     break
                 session.waits = True
-                self._decided.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
+                self._changed.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
             session.heard(waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
@@ -412,13 +410,13 @@ class ParameterSet:
                     self._rounds.check_draining()
                     if left := self._barrier.check(session.client_id, deadline):
                         session.waits = True
-                        self._decided.wait(left)
+                        self._changed.wait(left)
                         self._check_alive()
                         self._end_round()
             finally:
                 self._barrier.depart(session.client_id)
                 session.heard(waits=False)
-                self._decided.notify_all()
+                self._changed.notify_all()
             return self._barrier.passed
 
     @property
@@ -431,7 +429,7 @@ class ParameterSet:
         with self._lock:
             self._dismiss(session.client_id)
             self._end_round()
-            self._decided.notify_all()
+            self._changed.notify_all()
 
     def disconnected(self, session: Session, stream: object) -> None:
         """A stream has ended: what only it has read is let go of; without a lease its worker leaves."""
@@ -443,7 +441,7 @@ class ParameterSet:
             elif self.lease == math.inf:
                 self._dismiss(session.client_id)
                 self._end_round()
-                self._decided.notify_all()
+                self._changed.notify_all()
 
     def _dismiss(self, client_id: str) -> None:
         """Wait for a member no more."""
@@ -618,7 +616,7 @@ class ParameterSet:
         """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
         with self._lock:
             self._rounds.drain()
-            self._decided.notify_all()
+            self._changed.notify_all()
 
     def delete(self) -> None:
         """Refuse everything from now on, and let go of the memory."""
@@ -635,7 +633,7 @@ class ParameterSet:
     def _leave(self, error: OptserveError) -> None:
         self._gone = error
         self._rounds.give_up(error)
-        self._decided.notify_all()
+        self._changed.notify_all()
 
     def reinstate(self) -> None:
         """Take `retire` back."""
@@ -712,7 +710,7 @@ class ParameterSet:
                 commit.session.check_stream(commit.stream)
                 first = commit.session.admit(commit.push.sequence, commit.push.digest)
                 if first is not None:
-                    commit.receipt, commit.event = first.receipt, first.event
+                    commit.settle(first.receipt, first.event)
                     continue
                 commit.staleness = draft.staleness(commit.push)
                 if not self._joins_round(commit) or (together := self._rounds.over(self._position.version)):
@@ -845,7 +843,7 @@ class ParameterSet:
             for commit, receipt in zip(decision.commits, decision.receipts, strict=True):
                 commit.session.record(commit.push.digest, receipt, decision.number)
                 self._sessions.touch(commit.session)
-                commit.receipt, commit.event = receipt, decision.number
+                commit.settle(receipt, decision.number)
         self._broken = False
 
     def _mean_before(self) -> Arena | None:

@@ -65,7 +65,8 @@ class Rounds:
 
     def join(self, commit: Commit) -> None:
         """Let a push wait for others; one that does not fit them is refused instead. Raises ServerDraining."""
-        self._check(commit.push)
+        if commit.discarded is None:  # else it may well be of other tensors than the present round
+            self._check(commit.push)
         if not self.waits(commit):
             return
         self.check_draining()
@@ -98,6 +99,7 @@ class Rounds:
         if len(self._waiting) >= self._least and (late or self._complete or time.monotonic() >= self._quorum_over):
             return self._take()
         if late:
+            self._watch = self._watch_of(self.policy)  # or a quarantine that leaves too few would never end
             there = ", ".join(map(repr, sorted(self._waiting)[:10]))
             self.give_up(
                 RoundIncomplete(
@@ -114,10 +116,15 @@ class Rounds:
         self._watch = self._watch_of(policy)
 
     def judge(self, commit: Commit, version: int) -> None:
-        """Raises WorkerQuarantined for a push that is an outlier, or of a client whose were."""
+        """Raises WorkerQuarantined for a push that is an outlier, or of a client whose were.
+
+        Once everyone is in quarantine, nobody can be the measure of the others: it begins anew.
+        """
         if self._watch is not None and commit.push.refusal is None:
             client_id, norm = commit.session.client_id, commit.push.gradient_norm
             if (reason := self._watch.judge(client_id, norm, version)) is not None:
+                if set(self._members) <= self.quarantined(version).keys():
+                    self._watch = self._watch_of(self.policy)
                 raise WorkerQuarantined(reason)
 
     def accept(self, commits: Sequence[Commit]) -> None:
