@@ -165,7 +165,11 @@ def test_a_standby_follows_policies_and_has_what_waits_in_a_buffer(
     weights = worker.create_parameter_set(
         "set", tensors(), optim.Adam(), journal="always", pushes="deltas", buffers=statistics
     )
-    policies = (optserve.Buffered(samples=5.0), optserve.Async(staleness.DelayCompensation()), optserve.Buffered(pushes=3))
+    policies = (
+        optserve.Buffered(samples=5.0),
+        optserve.Async(staleness.DelayCompensation()),
+        optserve.Buffered(pushes=3),
+    )
     for turn, policy in enumerate(policies):
         weights.update(policy=policy)
         for step in range(2):
