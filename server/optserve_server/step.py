@@ -89,7 +89,7 @@ class StepStream:
                     yield self._barrier(message.barrier)
                 if message.leave:
                     parameter_set, session = self._opened("leave")
-                    parameter_set.leave(session)
+                    parameter_set.leave(session, self)
                     yield Frame(StepResponse(left=True))
                 self._heard()
                 if self._push is not None:
@@ -249,12 +249,12 @@ class StepStream:
     def _await_turn(self) -> None:
         """Wait for slower workers, as the policy has it."""
         parameter_set, session = self._opened("pull")
-        parameter_set.await_turn(session)
+        parameter_set.await_turn(session, self)
 
     def _heard(self) -> None:
         """Take note of the worker's being alive."""
         if self._session is not None:
-            self._session.heard(waits=False)
+            self._session.heard(self, waits=False)
 
     def _let_go(self) -> None:
         """What the worker held in shared memory may change."""

@@ -14,11 +14,12 @@ BARRED = 65_536  # at most; the first is forgotten first
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One worker, since it joined: `clock` counts pushes that were decided on, for who is ahead of whom; `version` is the one
-    that the last of them led to."""
+    """One worker, since it joined, when there had been so many `barriers`: `clock` counts pushes that were decided on, for who
+    is ahead of whom; `version` is the one that the last of them led to."""
 
     session: Session
     clock: int
+    barriers: int
     join_time: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     pushes: int = 0
     staleness: int | None = None
@@ -29,7 +30,8 @@ class Members:
     """The members of one set, by client. Every method is called under the set's lock.
 
     One that leaves, or is not heard of during a `lease`, in seconds, leaves a vacancy, which the next that joins fills. What it
-    has read until then is `barred` at the version of that time: others have not waited for it since.
+    has read until then is `barred` at the version of that time: others have not waited for it since. `barriers` counts how
+    often all have come to one.
     """
 
     def __init__(self, lease: float) -> None:
@@ -37,6 +39,7 @@ class Members:
         self._members: dict[str, Member] = {}
         self._barred: dict[str, int] = {}
         self.vacancies = 0
+        self.barriers = 0
 
     def __contains__(self, client_id: str) -> bool:
         return client_id in self._members
@@ -52,7 +55,7 @@ class Members:
         member = self._members.get(session.client_id)
         if member is None:
             slowest = min((each.clock for each in self._members.values()), default=0)
-            member = self._members[session.client_id] = Member(session, slowest)
+            member = self._members[session.client_id] = Member(session, slowest, self.barriers)
             self.vacancies = max(0, self.vacancies - 1)
         member.session = session
         return member
