@@ -249,7 +249,7 @@ class StepStream:
     def _await_turn(self) -> None:
         """Wait for slower workers, as the policy has it."""
         parameter_set, session = self._opened("pull")
-        parameter_set.await_turn(session)
+        parameter_set.await_turn(session, self)
 
     def _heard(self) -> None:
         """Take note of the worker's being alive."""
