@@ -23,6 +23,7 @@ from optserve._errors import (
     Refusal,
     ServerBusy,
     ServerError,
+    SessionSuperseded,
     TooStale,
     WorkerQuarantined,
 )
