@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[State], State], dict[str, Any], type[optserve.Opt
     ),
     "no groups": (lambda s: replace(s, groups=()), {}, optserve.InvalidState, "'default' first"),
     "waiting pushes without accumulation": (
-        lambda s: replace(s, accumulation=optserve.Accumulation(1, {"w": W})), {}, optserve.InvalidState, "fewer pushes than"
+        lambda s: replace(s, accumulation=optserve.Accumulation(1, {"w": W})), {}, optserve.InvalidState, "fewer than"
     ),
     "waiting pushes without gradients": (
         lambda s: replace(s, accumulation=optserve.Accumulation(1, {})), {"transforms": Transforms(accumulate=2)},

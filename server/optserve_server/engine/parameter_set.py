@@ -240,7 +240,7 @@ class ParameterSet:
                     self._make_room(policy)
                 self._log.append([event])
             except BaseException:
-                self._pipeline.give_room_back(self._progress.accumulated)
+                self._pipeline.settle(self._progress.accumulated)
                 raise
             self._broken = True
             self._changes.extend(differences(self._groups, groups, self._position.version))
@@ -612,7 +612,7 @@ class ParameterSet:
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._events, self._undone = state.events, state.undone
         self._progress = state.progress.copy()
-        self._pipeline.make_room(state.policy)
+        self._pipeline.make_room(state.policy, accumulated=state.progress.accumulated)
         self._follow(state.policy)
         self._sessions.restore(state.sessions, state.forgotten)
 
@@ -712,7 +712,8 @@ class ParameterSet:
         """What outlives a restart."""
         parameters = {PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}
         mean = self._pipeline.mean
-        gradient = {GRADIENT: mean.arena} if mean is not None and self._pipeline.accumulates else {}
+        waits = self._pipeline.accumulates or self._progress.accumulated
+        gradient = {GRADIENT: mean.arena} if mean is not None and waits else {}
         return parameters | gradient | self._slots
 
     def _memory(self, after: Buffer) -> Arenas:
@@ -766,7 +767,7 @@ class ParameterSet:
         self._rounds.join(commit)
         if not self._rounds.has(commit.session.client_id):
             return False
-        if self._rounds.folds and commit.push.refusal is None:
+        if self._folds and commit.push.refusal is None:
             self._fold(commit)
         return self._rounds.has(commit.session.client_id)
 
@@ -776,7 +777,7 @@ class ParameterSet:
             client_id, version = commit.session.client_id, self._position.version
             barred = self._members.barred(client_id)
             missed = not self._members.took_part(client_id, version)
-            known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
+            known = self._decider.knows_base(commit)
             try:
                 check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
                 self._rounds.judge(commit, version)
@@ -807,8 +808,13 @@ class ParameterSet:
             push.let_go()
 
     def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
-        folded = self._rounds.folded if self._rounds.folds and self._rounds.waits(commits[0]) else None
+        folded = self._rounds.folded if self._folds and self._rounds.waits(commits[0]) else None
         return self._decider.decide(commits, draft, number, folded)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether a round is added up in the mean as it comes; not while pushes from before it wait there."""
+        return self._rounds.folds and not self._progress.accumulated
 
     def _settle(self, draft: Draft, decisions: Sequence[Decision], commits: Sequence[Commit]) -> None:
         """Become what was decided, and let everyone know."""
@@ -909,3 +915,4 @@ class ParameterSet:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._changes.extend(draft.changes)
+        self._pipeline.settle(self._progress.accumulated)

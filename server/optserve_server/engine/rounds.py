@@ -73,7 +73,7 @@ class Rounds:
         assert self.sync is not None
         if not self._waiting:
             self._deadline = time.monotonic() + self.sync.deadline
-            self.folded = Folded(self.sync.workers or max(1, len(self._members)))
+            self.folded = Folded((self.sync.workers or max(1, len(self._members))) * commit.push.samples)
         self._waiting[commit.session.client_id] = commit
         if self.sync.quorum is not None and len(self._waiting) == self.sync.quorum:
             self._quorum_since = time.monotonic()

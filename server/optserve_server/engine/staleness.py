@@ -50,7 +50,14 @@ def check_staleness(
     was made without it, `known` whether the parameters that the push was computed at are, as far as that matters.
     """
     base, staleness = commit.push.base, commit.staleness
-    if not staleness or base is None:
+    if base is None or staleness is None:
+        if not known:
+            raise TooStale(
+                "expected parameters that were trained from some that this worker had pulled since the server started; got "
+                "others; they were discarded. Pull, and go on from there"
+            )
+        return
+    if not staleness:
         return
     since = (
         f"computed at version {base.version}, and the set is at {version}; it was discarded. Pull, and go on from there"
