@@ -1,6 +1,7 @@
 """DiLoCo: what it computes, what goes on meanwhile, what it leaves alone, and what is left after a failure."""
 
 import contextlib
+import importlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -296,6 +297,7 @@ def test_a_number_of_fragments_divides_by_size() -> None:
     assert divide(tensors, 1) == [("a", "b", "c", "d", "e", "f")]
     assert divide(tensors, 2) == [("b", "f"), ("a", "c", "d", "e")]
     assert sorted(len(part) for part in divide(tensors, 6)) == [1] * 6
+    assert divide(specs(a=0, b=0), 2) == [("a",), ("b",)]
 
 
 @pytest.mark.parametrize(
@@ -947,3 +949,8 @@ def test_with_a_replay_window_a_rollback_is_not_noticed(restarts: Restarts) -> N
                     restarts.come_back()
                 diloco.step()
         np.testing.assert_array_equal(diloco.parameters["x"], 5)
+
+
+def test_the_example_learns_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    assert importlib.import_module("diloco_digits").main(workers=2, steps=60, every=20) > 0.8
