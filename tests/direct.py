@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve import Receipt, StateFormat, TensorSpec, Transforms, optim
+from optserve._policies import ASYNC, Policy
 from optserve._specification import Holds, ParameterSetSpec, as_arrays
 from optserve._transforms import PLAIN
 from optserve._wire import pack
@@ -38,10 +39,13 @@ class DirectSet:
         transforms: Transforms = PLAIN,
         groups: Sequence[optim.Group] = (),
         state: StateFormat = StateFormat.FULL,
+        policy: Policy = ASYNC,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         specs = tuple(TensorSpec.of(name, array) for name, array in parameters.items())
-        spec = ParameterSetSpec("direct", specs, optimizer, tuple(groups), holds, transforms=transforms, state=state)
+        spec = ParameterSetSpec(
+            "direct", specs, optimizer, tuple(groups), holds, policy=policy, transforms=transforms, state=state
+        )
         self._threads = Threads(threads)
         self.set = ParameterSet(spec, incarnation=1, threads=self._threads)
         if holds is Holds.PARAMETERS:
@@ -68,6 +72,17 @@ class DirectSet:
             commit.session, commit.push.sequence = session, 1
         with self.set._lock:
             self.set._apply(commits)
+        assert all(commit.receipt is not None and commit.receipt.applied for commit in commits)
+
+    def arrive(self, gradients: Mapping[str, Mapping[str, Array]], samples: Mapping[str, float] | None = None) -> None:
+        """Let pushes of several clients, which wait for each other, arrive in this order; they must make a round."""
+        commits = []
+        for client, each in gradients.items():
+            session = self.set._sessions.resume(client, 1)
+            push = self._finished(each, samples=(samples or {}).get(client, 1.0), sequence=session.last_sequence + 1)
+            commits.append(Commit(session, session.stream, push, pull=False, held=None))
+            with self.set._lock:
+                self.set._apply(commits[-1:])
         assert all(commit.receipt is not None and commit.receipt.applied for commit in commits)
 
     def restored(self) -> "DirectSet":
@@ -100,9 +115,12 @@ class DirectSet:
         gradients: Mapping[str, Array],
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         loss_scale: float = 1.0,
+        samples: float = 1.0,
+        sequence: int | None = None,
     ) -> Push:
         declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
-        push = self.set.begin(next(self._sequence), declared, changes=changes, loss_scale=loss_scale)
+        sequence = sequence or next(self._sequence)
+        push = self.set.begin(sequence, declared, changes=changes, loss_scale=loss_scale, samples=samples)
         for payload in pack(self._views(gradients), self.chunk_bytes):
             push.add(payload.runs, payload.buffer, replace=False)
         push.finish()

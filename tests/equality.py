@@ -35,7 +35,8 @@ def assert_same(ours: ParameterSet, theirs: ParameterSet) -> None:
     assert present.progress.memory == expected.progress.memory
     for name, values in expected.progress.group_memory.items():
         np.testing.assert_array_equal(present.progress.group_memory[name], values)
-    for name in ("accumulated", "accumulating", "skipped"):
+    assert present.policy == expected.policy
+    for name in ("accumulated", "accumulating", "skipped", "samples", "divisor", "staleness"):
         assert getattr(present.progress, name) == getattr(expected.progress, name), name
     pushed = {client: session for client, session in sessions_of(expected).items() if session[1]}
     assert sessions_of(present) == pushed

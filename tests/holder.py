@@ -35,7 +35,7 @@ def hold(address: str, set_id: str) -> None:
             gradient.fill(1)
         held = weights.step(gradients, copy=False)
         session = weights._session
-        frames = list(session._requests(weights._outgoing(gradients, None, None, 1.0), None, 2))
+        frames = list(session._requests(weights._outgoing(gradients, None, None, 1.0, 1.0), None, 2))
         frames[-1].message.commit = False
         assert session._stream is not None
         session._stream.send(frames)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -158,10 +158,12 @@ def test_only_what_the_median_depends_on_is_compared() -> None:
 # --- What changes no bit, and what does.
 
 AGGREGATIONS = [Median(), TrimmedMean(1), TrimmedMean(2), Krum(1), Krum(1, selected=4)]  # for 7 pushes and more
+few = settings(max_examples=30)  # of each
 each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=str)
 
 
 @each_aggregation
+@few
 @given(pushes=pushes_of(st.one_of(TIED, FLOATS), least=7), data=st.data())
 def test_the_order_of_pushes_changes_no_bit(aggregation: Aggregation, pushes: Array, data: st.DataObject) -> None:
     if isinstance(aggregation, Krum):  # whose ties are decided by order
@@ -177,6 +179,7 @@ def _scores_differ(pushes: Array, byzantine: int) -> bool:
 
 
 @each_aggregation
+@few
 @given(pushes=pushes_of(TIED, least=7), data=st.data())
 def test_the_order_of_elements_changes_no_bit_of_each(
     aggregation: Aggregation, pushes: Array, data: st.DataObject
@@ -197,8 +200,8 @@ def test_threads_change_no_bit(aggregation: Aggregation, dtype: str) -> None:
         threads.close()
 
 
-def test_threads_and_the_order_of_pushes_change_no_bit_of_their_distances() -> None:
-    sizes = [100_003, 1, 65_536, 7]
+@pytest.mark.parametrize("sizes", [[100_003, 1, 65_536, 7], [3] * 20_000], ids=["large", "many"])
+def test_threads_and_the_order_of_pushes_change_no_bit_of_their_distances(sizes: list[int]) -> None:
     layout = set_of(sizes)
     random = np.random.default_rng(0)
     pushes = [arena_of(push, layout) for push in random.normal(size=(7, sum(sizes))).astype(np.float32)]
@@ -235,6 +238,22 @@ def test_tensors_that_are_not_named_and_what_lies_between_tensors_stay_as_they_a
         assert (layout.elements(target, index) >= 0).all()
         layout.elements(target, index)[:] = -1
     assert all((array == -1).all() for array in target.values())
+
+
+@each_aggregation
+def test_buffers_are_aggregated_and_of_no_matter_to_distances(aggregation: Aggregation) -> None:
+    random = np.random.default_rng(0)
+    gradients, values = random.normal(size=(7, 50)), 1e6 * random.normal(size=(7, 20))
+    layout = set_of([50, 20], "float64")
+    pushes, target = [arena_of(push, layout) for push in np.hstack([gradients, values])], layout.allocate()
+    work = Robust(aggregation, pushes, tables_of(layout, [0]), values=tables_of(layout, [1]))
+    work.run(Arenas({}, {}, {}, target), ALONE)
+    result = values_of(target, layout)
+    assert bits(result[:50]) == bits(aggregate(aggregation, gradients))
+    if not isinstance(aggregation, Krum):
+        assert bits(result[50:]) == bits(aggregate(aggregation, values))
+    elif aggregation.selected == 1:
+        np.testing.assert_array_equal(result, np.hstack([gradients, values])[(gradients == result[:50]).all(axis=1)][0])
 
 
 @each_aggregation

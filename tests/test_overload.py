@@ -239,7 +239,7 @@ def test_an_upload_in_shared_memory_that_is_not_committed_is_ended(impatient: Se
         weights = client.create_parameter_set("a", ZEROS, COUNTING)
         weights.gradient_buffers()
         session = weights._session
-        frames = list(session._requests(weights._outgoing(ONES, None, None, 1.0), None, 1))
+        frames = list(session._requests(weights._outgoing(ONES, None, None, 1.0, 1.0), None, 1))
         frames[-1].message.commit = False
         assert session._stream is not None
         session._stream.send(frames)

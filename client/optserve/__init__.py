@@ -1,6 +1,6 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
-from optserve import aggregation, formats, optim, schedules, staleness
+from optserve import aggregation, formats, optim, presets, schedules, staleness
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
 from optserve._diloco import DiLoCo
@@ -167,6 +167,7 @@ __all__ = [
     "formats",
     "keep_freed_memory",
     "optim",
+    "presets",
     "schedules",
     "staleness",
 ]

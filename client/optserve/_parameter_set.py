@@ -210,8 +210,9 @@ class ParameterSet:
     def settle(self) -> Receipt | None:
         """What became of the push for which OutcomeUnknown was raised: its receipt, or None if it was not applied.
 
-        Raises OutcomeUnknown if the server has forgotten, or another handle has taken over; RolledBack if the server came back
-        from an older state, after which it may be asked again.
+        Raises OutcomeUnknown if the server has forgotten, or another handle has taken over. It may be asked again after
+        DeadlineExceeded, as a round that the push is part of may take longer than the client's timeout, and after RolledBack, if
+        the server came back from an older state.
         """
         return self._session.settle()
 

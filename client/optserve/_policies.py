@@ -43,8 +43,8 @@ class Sync:
     if `workers` is None) it is given up: nobody's push of it was applied, and those who wait get RoundIncomplete, upon which
     the SDK tries again.
 
-    What was computed before the last update comes too late: it is discarded, and its receipt says so, or carried over to the
-    present round (`late="carry"`), where `staleness` may say what to do about it.
+    What was computed before an update that was made without its worker comes too late: it is discarded, and its receipt says
+    so, or carried over to the present round (`late="carry"`), where `staleness` may say what to do about it.
 
     Gradients are added up as they come, in one arena whatever the number of workers. `deterministic` keeps them until the
     round is over and adds them up in the order of client ids, so that the order of arrival changes no bit. So does an

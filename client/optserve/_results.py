@@ -56,11 +56,11 @@ class Position:
 class Receipt:
     """What became of a push.
 
-    `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, divided
-    by the loss scale, before any other change to them, and NaN in a set without a guard; `learning_rates` holds the one used,
-    by group; `duplicate` marks the first receipt of a push that came again; `refusal` is why a push was refused (the SDK raises
-    it as an error), skipped or discarded. Pushes of this worker up to
-    `durable_sequence` were on stable storage when this was sent.
+    `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all that was pushed but
+    buffers, divided by the loss scale, before any other change, and NaN in a set without a guard; `learning_rates` holds the
+    one used, by group; `duplicate` marks the first receipt of a push that came again; `refusal` is why a push was refused (the
+    SDK raises it as an error), skipped or discarded. Pushes of this worker up to `durable_sequence` were on stable storage when
+    this was sent.
     """
 
     sequence: int

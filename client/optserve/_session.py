@@ -136,8 +136,6 @@ class Session:
                 self._until_done(Exchange(None, None, attempt))
             except SessionSuperseded as error:
                 raise OutcomeUnknown(f"what became of {push} can't be found out: {error}") from error
-            except DeadlineExceeded as error:  # it may wait for others
-                raise OutcomeUnknown(f"what became of {push} can't be found out yet: {error}") from error
             if self._ledger.epoch != attempt.epoch:
                 raise OutcomeUnknown(f"what became of {push} can't be found out: the server has forgotten its session")
             if attempt.repeated:

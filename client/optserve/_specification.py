@@ -186,9 +186,9 @@ class ParameterSetSpec:
                 raise InvalidTensor(f"expected initial rows that {tensors[name]} can hold; got {initial}")
 
     @property
-    def treatments(self) -> dict[int, Treatment]:
+    def treatments(self) -> Mapping[int, Treatment]:
         """What becomes of the tensors that no rule touches, by index."""
-        return resolved([tensor.name for tensor in self.tensors], self.buffers)
+        return resolved(tuple(tensor.name for tensor in self.tensors), tuple(self.buffers.items()))
 
     @property
     def sent(self) -> tuple[TensorSpec, ...]:

@@ -1,9 +1,11 @@
 """Treatments: what becomes of tensors that no rule touches, such as the running statistics of a batch normalization."""
 
 import enum
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from optserve._errors import InvalidGroup
 
@@ -26,12 +28,13 @@ class Treatment(enum.Enum):
         raise InvalidGroup(f"expected a buffer to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
 
 
-def resolved(names: Sequence[str], buffers: Mapping[str, Treatment]) -> dict[int, Treatment]:
-    """The treatment of each tensor that has one, by its index; raises InvalidGroup.
+@functools.lru_cache(maxsize=1000)  # every push asks
+def resolved(names: tuple[str, ...], chosen: tuple[tuple[str, Treatment], ...]) -> Mapping[int, Treatment]:
+    """The treatment of each tensor that has one, by its index, from those chosen by pattern; raises InvalidGroup.
 
     A tensor that is called like a statistic must have one: no optimizer is to move it by accident.
     """
-    treatments: dict[int, Treatment] = {}
+    buffers, treatments = dict(chosen), dict[int, Treatment]()
     matched: set[str] = set()
     for index, name in enumerate(names):
         patterns = [name] if name in buffers else [each for each in buffers if fnmatchcase(name, each)]
@@ -52,4 +55,4 @@ def resolved(names: Sequence[str], buffers: Mapping[str, Treatment]) -> dict[int
         if pattern not in matched:
             some = ", ".join(map(repr, names[:10]))
             raise InvalidGroup(f"expected the buffers {pattern!r} to match a tensor; the set has {some}")
-    return treatments
+    return MappingProxyType(treatments)

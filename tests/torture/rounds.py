@@ -24,7 +24,9 @@ def parameters_after(order: Sequence[int]) -> bytes:
     """The parameters after a round to which workers came in an order."""
     with optserve.Client(":memory:") as client, ThreadPoolExecutor(WORKERS) as pool:
         zeros = {"x": np.zeros(SIZE, np.float32)}
-        weights = client.create_parameter_set("round", zeros, optim.SGD(lr=1.0), policy=Sync(WORKERS))
+        weights = client.create_parameter_set(
+            "round", zeros, optim.SGD(lr=1.0), policy=Sync(WORKERS, deterministic=True)
+        )
         assert isinstance(client._transport, MemoryTransport)
         waiting = client._transport._engine.get("round")._rounds._waiting
         steps = []

@@ -1,7 +1,7 @@
 """Robust aggregation: the gradients of several pushes made one that few of them can't move far."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ class Robust:
     """The aggregate of pushes, each decoded into an arena of its own: `share` times it is written to the gathered gradient
     over ranges of it, or, once `begun`, added to what is there.
 
-    The pushes are at least `aggregation.least`. One of their arenas may be the gathered gradient's. Beside them an aggregate
+    Over those of `values`, which are no gradients, it is taken as well, but they have no part in distances. The pushes are at
+    least `aggregation.least`. One of their arenas may be the gathered gradient's. Beside them an aggregate
     needs blocks of a few kilobytes a push, and Krum n(n − 1)/2 sums for every 32 768 elements.
     """
 
@@ -31,6 +32,7 @@ class Robust:
     tables: Tables
     share: float = 1.0
     begun: bool = False
+    values: Tables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.pushes) >= self.aggregation.least, (len(self.pushes), self.aggregation)
@@ -51,7 +53,7 @@ class Robust:
         self, pushes: Sequence[Arena], order: NDArray[np.int64], trimmed: int, arenas: Arenas, threads: Threads
     ) -> None:
         first, last = trimmed, len(pushes) - trimmed
-        for compute, table in self.tables.items():
+        for compute, table in (*self.tables.items(), *self.values.items()):
             addresses, target = _addresses(pushes, compute), arenas.gradient[compute]
             loop = sorted_mean_loop(compute)
             threads.run(loop, table, {}, addresses, order, first, last, self.share, self.begun, target)

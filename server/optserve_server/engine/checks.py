@@ -87,6 +87,11 @@ def check_policy(spec: ParameterSetSpec, policy: Policy) -> None:
         raise InvalidPolicy(
             f"parameter set {spec.id!r} has tables: expected the mean of rows; got {policy.aggregation}"
         )
+    if isinstance(policy, Sync) and policy.quarantine is not None and spec.pushes is Pushes.PARAMETERS:
+        raise InvalidPolicy(
+            f"parameter set {spec.id!r} is pushed parameters, whose norms say little about what was trained: expected no "
+            f"quarantine; got {policy.quarantine}. Push deltas instead"
+        )
     if isinstance(policy, Sync) and policy.quarantine is not None and not spec.guard:
         raise InvalidPolicy(
             f"parameter set {spec.id!r} trusts every worker: expected guard=True, which measures norms, for {policy.quarantine}"

@@ -116,6 +116,14 @@ def distances_loop(compute: ComputeType) -> Loop:
     """
     value, itemsize = compute.type, compute.itemsize
 
+    @njit(error_model="numpy")
+    def load(addresses: Any, begin: Any, count: Any, block: Any) -> None:
+        for push in range(len(addresses)):
+            source = carray(pointer(addresses[push] + begin * itemsize, value), count)
+            row = block[push]
+            for i in range(count):
+                row[i] = source[i]
+
     @njit(error_model="numpy", fastmath={"reassoc"})
     def distance(x: Any, y: Any) -> Any:
         total = 0.0
@@ -123,6 +131,14 @@ def distances_loop(compute: ComputeType) -> Loop:
             difference = x[i] - y[i]
             total += difference * difference
         return total
+
+    @njit(error_model="numpy")
+    def add_distances(block: Any, count: Any, sums: Any) -> None:
+        pair = 0
+        for i in range(len(block)):
+            for j in range(i):
+                sums[pair] += distance(block[i, :count], block[j, :count])
+                pair += 1
 
     def distances(units: Any, bounds: Any, table: Any, addresses: Any, sums: Any) -> None:
         block = np.empty((len(addresses), COLUMNS), np.float64)
@@ -132,15 +148,7 @@ def distances_loop(compute: ComputeType) -> Loop:
                     end = table[r, 0] + table[r, 1]
                     for begin in range(table[r, 0], end, COLUMNS):
                         count = min(COLUMNS, end - begin)
-                        for push in range(len(addresses)):
-                            source = carray(pointer(addresses[push] + begin * itemsize, value), count)
-                            row = block[push]
-                            for i in range(count):
-                                row[i] = source[i]
-                        pair = 0
-                        for i in range(len(addresses)):
-                            for j in range(i):
-                                sums[unit, pair] += distance(block[i, :count], block[j, :count])
-                                pair += 1
+                        load(addresses, begin, count, block)
+                        add_distances(block, count, sums[unit])
 
     return typing.cast(Loop, njit(nogil=True, error_model="numpy")(distances))

@@ -1,5 +1,6 @@
 """A commit: a finished push on its way to an outcome."""
 
+import threading
 from dataclasses import dataclass
 
 from optserve._dtypes import DType
@@ -31,11 +32,20 @@ class Commit:
     event: int = 0
     snapshot: Snapshot | None = None
     error: Exception | None = None
+    decided: threading.Condition | None = None  # on which its thread waits
+
+    def settle(self, receipt: Receipt, event: int) -> None:
+        """Let a receipt be the outcome."""
+        self.receipt, self.event = receipt, event
+        if self.decided is not None:
+            self.decided.notify()
 
     def fail(self, error: Exception) -> None:
         """Let an error be the outcome: without its traceback, which would keep this and its gradients alive, if it has come
         about as it should."""
         self.error = error.with_traceback(None) if isinstance(error, OptserveError) else error
+        if self.decided is not None:
+            self.decided.notify()
 
     @property
     def done(self) -> bool:

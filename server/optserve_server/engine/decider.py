@@ -7,7 +7,7 @@ from typing import Any
 
 from optserve._errors import InvalidArgument, InvalidState, Refusal
 from optserve._results import Outcome, Receipt
-from optserve._specification import ParameterSetSpec
+from optserve._specification import ParameterSetSpec, Pushes
 from optserve._transforms import SkipNonFinite
 from optserve_server.engine.arena import Arena
 from optserve_server.engine.commit import Commit
@@ -79,6 +79,12 @@ class Decider:
             return None
         return self._pipeline.bases.at(commit.push.base.version)
 
+    def knows_base(self, commit: Commit) -> bool:
+        """Whether the parameters that a push was computed at can be looked at, as far as they must be."""
+        if commit.staleness is None:
+            return self._spec.pushes is not Pushes.PARAMETERS
+        return not commit.staleness or not self._pipeline.keeps_bases or self.base(commit) is not None
+
     def _plan(
         self,
         draft: Draft,
@@ -140,11 +146,12 @@ class Decider:
                 return self._plan(draft, event.changes, self._pipeline.added(brought), stalenesses, plan)
             except InvalidArgument:
                 return Outcome.REFUSED
-        samples = draft.progress.samples + self._pipeline.samples_of([each.samples for each in event.pushes])
+        counted = self._pipeline.samples_of(draft.progress, [each.samples for each in event.pushes])
         filled = event.pushes[0].receipt.outcome is Outcome.APPLIED
 
         def planned(groups: tuple[TensorGroup, ...], progress: Progress, updated: set[int]) -> Update:
             update = self._pipeline.plan_gathered(groups, progress, brought, updated, filled=filled)
-            return replace(update, samples=samples, divisor=self._pipeline.divisor(draft.progress))
+            divisor = self._pipeline.divisor(progress, counted)
+            return replace(update, samples=progress.samples + counted, divisor=divisor)
 
         return self._plan(draft, event.changes, tuple(brought.gradients), stalenesses, planned)

@@ -10,7 +10,8 @@ from optserve_server.engine.rows import SparseGradient
 class Folded:
     """What the gradients of a round have been added up to so far, beside the mean's arena.
 
-    Each was divided by `divisor` as it was added; `samples` are theirs together. `first` keeps what only one push brings.
+    Each was divided by `divisor` as it was added: what `samples`, theirs together, will be if all come and have as many as
+    the first. `first` keeps what only one push brings.
     """
 
     divisor: float

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from optserve._dtypes import DType
 from optserve._specification import TensorSpec
 from optserve._treatments import Treatment
+from optserve.aggregation import Aggregation
+from optserve_server.engine.aggregation import Robust, Tables, tables_of
 from optserve_server.engine.arena import Arena, ComputeType, Layout, assign
 from optserve_server.engine.loops import MEAN_COLUMNS, Compensation, compensated_mean_loop, mean_loop, scale_loop
 from optserve_server.engine.rows import SparseGradient
@@ -120,6 +122,28 @@ class Replaced:
             assign(arena, arenas.gradient, places)
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Work that gathers each push by itself, in memory for all of them, and then makes one of these."""
+
+    pushes: Sequence[Sequence[Part | CompensatedPart]]
+    aggregation: Aggregation
+    tables: Tables
+    values: Tables
+    layout: Layout
+    share: float
+    begun: bool
+
+    def run(self, arenas: Arenas, threads: Threads) -> None:
+        gathered = []
+        for parts in self.pushes:
+            own = self.layout.allocate()
+            for part in parts:
+                part.run(arenas._replace(gradient=own), threads)
+            gathered.append(own)
+        Robust(self.aggregation, gathered, self.tables, self.share, self.begun, self.values).run(arenas, threads)
+
+
 class Mean:
     """Memory for the mean gradient of a set, and for values of the buffers among its tensors."""
 
@@ -136,17 +160,44 @@ class Mean:
 
         If it was `begun` before, they are added to what is there. Raises InvalidHyperparameter for weights that overflow.
         """
-        present = [index for index in terms[0].gradients if self._treatments.get(index) is not Treatment.FREEZE]
+        present, optimized, rest = self._present(terms)
+        if compensated is None:
+            return self.at(present), list(self._plain(terms, present, begun))
         works: list[Work] = []
-        if compensated is not None:
-            rest = [index for index in present if index in self._treatments]
-            for place, term in enumerate(terms):
-                first = place == 0 and not begun
-                works += self._compensated(term, [index for index in present if index not in rest], first, compensated)
-            works += self._plain(terms, rest, begun)
-        else:
-            works += self._plain(terms, present, begun)
-        return self.at(present), works
+        for place, term in enumerate(terms):
+            works += self._compensated(term, optimized, place == 0 and not begun, compensated)
+        return self.at(present), [*works, *self._plain(terms, rest, begun)]
+
+    def plan_apart(
+        self,
+        terms: Sequence[Term],
+        aggregation: Aggregation,
+        share: float,
+        *,
+        begun: bool = False,
+        compensated: Compensated | None = None,
+    ) -> tuple[Gradients, list[Work]]:
+        """As `plan`, for an aggregate that takes the place of the sum, times a share; what replaces others is the last."""
+        present, optimized, rest = self._present(terms)
+        values = [index for index in rest if self._treatments[index] is Treatment.AVERAGE]
+        pushes: list[Sequence[Part | CompensatedPart]] = []
+        for term in terms:
+            alone = replace(term, weight=term.weight / term.share, share=1.0)
+            parts: list[Part | CompensatedPart] = list(self._plain([alone], values, begun=False))
+            if compensated is None:
+                parts += self._plain([alone], optimized, begun=False)
+            else:
+                parts += self._compensated(alone, optimized, True, compensated)
+            pushes.append(parts)
+        tables = [tables_of(self._layout, indices) for indices in (optimized, values)]
+        apart = Apart(pushes, aggregation, tables[0], tables[1], self._layout, share, begun)
+        return self.at(present), [apart, *self._plain(terms, [index for index in rest if index not in values], begun)]
+
+    def _present(self, terms: Sequence[Term]) -> tuple[list[int], list[int], list[int]]:
+        """The tensors that are gathered: all, those that a rule will see, and the rest."""
+        present = [index for index in terms[0].gradients if self._treatments.get(index) is not Treatment.FREEZE]
+        rest = [index for index in present if index in self._treatments]
+        return present, [index for index in present if index not in rest], rest
 
     def scaled(self, indices: Iterable[int], factor: float, sparse: Mapping[int, SparseGradient]) -> Scaled:
         """The work of multiplying what was added up of tensors; values that replace others stay as they are."""
@@ -202,6 +253,14 @@ class Mean:
         compute = dtype.compute
         mean_loop(dtype)(np.empty((0, MEAN_COLUMNS), np.int64), np.empty(0, compute), self.arena[compute])
         scale_loop()(np.empty((0, 2), np.int64), np.empty(1, compute), self.arena[compute])
+
+    def compile_compensated(self, dtype: DType, compensated: Compensated) -> None:
+        """As `compile`, for gradients that are compensated."""
+        scalars = np.empty((0, 3), dtype.compute)
+        nothing, arena = np.empty((0, MEAN_COLUMNS), np.int64), self.arena[dtype.compute]
+        for kind in {Compensation.NONE, compensated.kind}:
+            loop = compensated_mean_loop(dtype, kind, differences=compensated.differences)
+            loop(nothing, scalars, arena, arena, arena, arena)
 
     def _at(self, index: int) -> StagedTensor:
         """Where the mean of a tensor will be."""

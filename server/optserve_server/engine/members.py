@@ -14,13 +14,15 @@ BARRED = 65_536  # at most; the first is forgotten first
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One worker, since it joined: `clock` counts pushes that were decided on, for who is ahead of whom."""
+    """One worker, since it joined: `clock` counts pushes that were decided on, for who is ahead of whom; `version` is the one
+    that the last of them led to."""
 
     session: Session
     clock: int
     join_time: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     pushes: int = 0
     staleness: int | None = None
+    version: int = -1
 
 
 class Members:
@@ -82,13 +84,18 @@ class Members:
         """The version at which a worker was counted as gone, unless it has pushed since."""
         return self._barred.get(client_id)
 
-    def pushed(self, session: Session, staleness: int | None) -> None:
-        """A push was decided on."""
+    def took_part(self, client_id: str, version: int) -> bool:
+        """Whether a worker's own push led to a version."""
+        member = self._members.get(client_id)
+        return member is not None and member.version == version
+
+    def pushed(self, session: Session, staleness: int | None, version: int) -> None:
+        """A push was decided on, which led to a version."""
         self._barred.pop(session.client_id, None)
         member = self.join(session)
         member.pushes += 1
         member.clock += 1
-        member.staleness = staleness
+        member.staleness, member.version = staleness, version
 
     def behind(self, session: Session, bound: int) -> list[str]:
         """Members more than `bound` pushes behind one."""

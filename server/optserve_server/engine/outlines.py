@@ -77,13 +77,13 @@ def start(spec: ParameterSetSpec, outline: Outline) -> Start:
     if len(outline.steps) != len(spec.tensors):
         raise InvalidState(f"expected steps of {len(spec.tensors)} tensors; got {len(outline.steps)}")
     trigger = trigger_of(spec.policy, spec.transforms)
-    samples, divisor = outline.samples or float(outline.accumulated), outline.divisor or trigger.divisor
+    samples, divisor = outline.samples or float(outline.accumulated), outline.divisor or trigger.divisor(1.0)
     _check_finite("samples of waiting pushes", samples)
     _check_finite("what they were divided by", divisor)
     if outline.accumulated and (trigger.filled(outline.accumulated, samples) or samples <= 0 or divisor <= 0):
         raise InvalidState(
-            f"expected fewer pushes than make an update of this set, {trigger}; got {outline.accumulated} that wait. Give it "
-            "the transforms and the policy that the state comes from"
+            f"expected fewer than {trigger}, which make an update of this set, to wait for it; got {outline.accumulated} "
+            f"pushes, of {samples:g} samples. Give it the transforms and the policy that the state comes from"
         )
     _check_parts(spec, outline)
     accumulating = [part.tensors for part in outline.parts if part.name == GRADIENT]

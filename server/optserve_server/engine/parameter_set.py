@@ -24,9 +24,10 @@ from optserve._errors import (
     ServerBusy,
     ServerError,
     TooStale,
+    WorkerQuarantined,
 )
 from optserve._policies import BoundedStaleness, Policy
-from optserve._results import Change, Description, GroupDescription, Position, Receipt, Summary, Worker
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary, Worker
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
@@ -92,7 +93,7 @@ class ParameterSet:
         self._sessions = Sessions()
         self._threads = threads
         self._lock = threading.Lock()
-        self._decided = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._gone: OptserveError | None = None
         self._broken = False
         self.lost = False
@@ -242,7 +243,7 @@ class ParameterSet:
                 self._follow(policy)
             self._events = event.number
             self._broken = False
-            self._decided.notify_all()
+            self._changed.notify_all()
         self._log.wait(event.number)
 
     def _make_room(self, policy: Policy) -> None:
@@ -266,7 +267,8 @@ class ParameterSet:
         with self._lock:
             self._check_alive()
             while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
-                self._wait()
+                self._changed.wait(self._rounds.remaining)
+                self._end_round()
                 self._check_alive()
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
@@ -332,9 +334,11 @@ class ParameterSet:
                     try:
                         self._apply(self._next_commits())
                     finally:
-                        self._decided.notify_all()
+                        self._changed.notify_all()
                 else:
-                    self._wait()
+                    commit.decided = threading.Condition(self._lock)
+                    commit.decided.wait(self._rounds.remaining)
+                    self._end_round()
         session.heard(waits=False)
         if commit.error is not None:
             try:
@@ -350,21 +354,16 @@ class ParameterSet:
             raise
         return self._told(commit.receipt, commit.event, session), commit.snapshot
 
-    def _wait(self) -> None:
-        """Wait under the lock until something happens; then see whether a round is over."""
-        self._decided.wait(self._rounds.remaining)
-        self._end_round()
-
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
         for client_id in self._members.lapse(self._position.version):
             self._pipeline.bases.let_go(client_id)
-        if together := self._rounds.over():
+        if together := self._rounds.over(self._position.version):
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
                 self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
             finally:
-                self._decided.notify_all()
+                self._changed.notify_all()
 
     @property
     def takes_turns(self) -> bool:
@@ -390,7 +389,7 @@ class ParameterSet:
                         self._dismiss(client_id)
                     break
                 session.waits = True
-                self._decided.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
+                self._changed.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
             session.heard(waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
@@ -409,13 +408,13 @@ class ParameterSet:
                     self._rounds.check_draining()
                     if left := self._barrier.check(session.client_id, deadline):
                         session.waits = True
-                        self._decided.wait(left)
+                        self._changed.wait(left)
                         self._check_alive()
                         self._end_round()
             finally:
                 self._barrier.depart(session.client_id)
                 session.heard(waits=False)
-                self._decided.notify_all()
+                self._changed.notify_all()
             return self._barrier.passed
 
     @property
@@ -428,7 +427,7 @@ class ParameterSet:
         with self._lock:
             self._dismiss(session.client_id)
             self._end_round()
-            self._decided.notify_all()
+            self._changed.notify_all()
 
     def disconnected(self, session: Session, stream: object) -> None:
         """A stream has ended: what only it has read is let go of; without a lease its worker leaves."""
@@ -440,7 +439,7 @@ class ParameterSet:
             elif self.lease == math.inf:
                 self._dismiss(session.client_id)
                 self._end_round()
-                self._decided.notify_all()
+                self._changed.notify_all()
 
     def _dismiss(self, client_id: str) -> None:
         """Wait for a member no more."""
@@ -451,7 +450,8 @@ class ParameterSet:
         """The members, ordered by client id."""
         with self._lock:
             self._end_round()
-            return self._members.describe()
+            quarantined = self._rounds.quarantined(self._position.version)
+            return [replace(each, quarantined=each.client_id in quarantined) for each in self._members.describe()]
 
     def last_receipt(self, session: Session) -> Receipt | None:
         """What became of a session's last push, and how far that has come by now; None before the first."""
@@ -567,7 +567,7 @@ class ParameterSet:
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._events, self._undone = state.events, state.undone
         self._progress = state.progress.copy()
-        self._pipeline.make_room(state.policy)
+        self._pipeline.make_room(state.policy, accumulated=state.progress.accumulated)
         self._follow(state.policy)
         self._sessions.restore(state.sessions, state.forgotten)
 
@@ -611,7 +611,7 @@ class ParameterSet:
         """Let nobody wait for other workers any more: those who do are told to try again once the server is back."""
         with self._lock:
             self._rounds.drain()
-            self._decided.notify_all()
+            self._changed.notify_all()
 
     def delete(self) -> None:
         """Refuse everything from now on, and let go of the memory."""
@@ -628,7 +628,7 @@ class ParameterSet:
     def _leave(self, error: OptserveError) -> None:
         self._gone = error
         self._rounds.give_up(error)
-        self._decided.notify_all()
+        self._changed.notify_all()
 
     def reinstate(self) -> None:
         """Take `retire` back."""
@@ -667,7 +667,8 @@ class ParameterSet:
         """What outlives a restart."""
         parameters = {PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}
         mean = self._pipeline.mean
-        gradient = {GRADIENT: mean.arena} if mean is not None and self._pipeline.accumulates else {}
+        waits = self._pipeline.accumulates or self._progress.accumulated
+        gradient = {GRADIENT: mean.arena} if mean is not None and waits else {}
         return parameters | gradient | self._slots
 
     def _memory(self, after: Buffer) -> Arenas:
@@ -704,10 +705,10 @@ class ParameterSet:
                 commit.session.check_stream(commit.stream)
                 first = commit.session.admit(commit.push.sequence, commit.push.digest)
                 if first is not None:
-                    commit.receipt, commit.event = first.receipt, first.event
+                    commit.settle(first.receipt, first.event)
                     continue
                 commit.staleness = draft.staleness(commit.push)
-                if not self._joins_round(commit) or (together := self._rounds.over()):
+                if not self._joins_round(commit) or (together := self._rounds.over(self._position.version)):
                     decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:
@@ -721,18 +722,21 @@ class ParameterSet:
         self._rounds.join(commit)
         if not self._rounds.has(commit.session.client_id):
             return False
-        if self._rounds.folds and commit.push.refusal is None:
+        if self._folds and commit.push.refusal is None:
             self._fold(commit)
         return self._rounds.has(commit.session.client_id)
 
     def _discard(self, commit: Commit) -> None:
         """Discard a push that is not to be part of an update, as the policy has it."""
         if commit.push.refusal is None:
-            barred = self._members.barred(commit.session.client_id)
-            known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
+            client_id, version = commit.session.client_id, self._position.version
+            barred = self._members.barred(client_id)
+            missed = not self._members.took_part(client_id, version)
+            known = self._decider.knows_base(commit)
             try:
-                check_staleness(commit, self._rounds.policy, self._position.version, barred, known=known)
-            except TooStale as error:
+                check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
+                self._rounds.judge(commit, version)
+            except (TooStale, WorkerQuarantined) as error:
                 commit.discarded = Refusal.of(error)
 
     def _fold(self, commit: Commit) -> None:
@@ -759,8 +763,13 @@ class ParameterSet:
             push.let_go()
 
     def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
-        folded = self._rounds.folded if self._rounds.folds and self._rounds.waits(commits[0]) else None
+        folded = self._rounds.folded if self._folds and self._rounds.waits(commits[0]) else None
         return self._decider.decide(commits, draft, number, folded)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether a round is added up in the mean as it comes; not while pushes from before it wait there."""
+        return self._rounds.folds and not self._progress.accumulated
 
     def _settle(self, draft: Draft, decisions: Sequence[Decision], commits: Sequence[Commit]) -> None:
         """Become what was decided, and let everyone know."""
@@ -773,8 +782,12 @@ class ParameterSet:
             for commit in decided:
                 commit.fail(error)
             return
-        for commit in decided:
-            self._members.pushed(commit.session, commit.staleness)
+        for decision in decisions:
+            taken = decision.receipts[0].outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
+            if taken:
+                self._rounds.accept(decision.commits)
+            for commit in decision.commits:
+                self._members.pushed(commit.session, commit.staleness, decision.version if taken else -1)
         for commit in {*commits, *decided}:
             if commit.pull and commit.receipt is not None:
                 try:
@@ -825,7 +838,7 @@ class ParameterSet:
             for commit, receipt in zip(decision.commits, decision.receipts, strict=True):
                 commit.session.record(commit.push.digest, receipt, decision.number)
                 self._sessions.touch(commit.session)
-                commit.receipt, commit.event = receipt, decision.number
+                commit.settle(receipt, decision.number)
         self._broken = False
 
     def _mean_before(self) -> Arena | None:
@@ -857,3 +870,4 @@ class ParameterSet:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress
         self._changes.extend(draft.changes)
+        self._pipeline.settle(self._progress.accumulated)

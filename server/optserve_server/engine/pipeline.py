@@ -16,9 +16,10 @@ from optserve._specification import Holds, ParameterSetSpec, Pushes
 from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive, Transforms
 from optserve._treatments import Treatment
+from optserve.aggregation import Aggregation
 from optserve.optim import Group
 from optserve.staleness import DelayCompensation, GapAware
-from optserve_server.engine import averages, clipping, rows, slot_formats
+from optserve_server.engine import aggregation, averages, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout, Place
 from optserve_server.engine.bases import Bases
 from optserve_server.engine.clipping import Clipping
@@ -117,18 +118,23 @@ class Pipeline:
         }
         self._averages = bool(averages.slots(spec.transforms))
 
-    def make_room(self, policy: Policy) -> None:
-        """Have memory for a mean, if a policy needs one; raises MemoryError."""
-        if self.mean is None and gathers(self._spec, policy):
+    def make_room(self, policy: Policy, *, accumulated: int = 0) -> None:
+        """Have memory for a mean, if a policy needs one, or pushes that were accumulated before; raises MemoryError."""
+        if self.mean is None and (accumulated or gathers(self._spec, policy)):
             self.mean = Mean(self._spec.tensors, self._layout, self._treatments)
-            self._compiled = set()
 
     def follow(self, policy: Policy, *, accumulated: int = 0) -> None:
         """Plan as a policy has it from now on; there is room for it."""
         self.policy = policy
+        self._compiled = set()
+        self._gathers = gathers(self._spec, policy)
         self.bases.measure(policy.staleness)
         self._trigger = trigger_of(policy, self._spec.transforms)
-        if not gathers(self._spec, policy) and not accumulated:
+        self.settle(accumulated)
+
+    def settle(self, accumulated: int) -> None:
+        """Let go of a mean that no policy needs any more, and in which nothing waits."""
+        if not self._gathers and not accumulated:
             self.mean = None
 
     @property
@@ -210,10 +216,11 @@ class Pipeline:
             return self._rule_update(groups, progress, gathered, self._factors(first), updated)
         if folded is not None:
             return self._plan_folded(groups, progress, first.push, folded, updated)
-        samples, terms = self._terms(progress, pushes)
+        self._check_added(first.push)
         self._check_accumulating(progress, first.push)
-        gradients, gather = self.mean.plan(terms, begun=progress.accumulated > 0, compensated=self._compensated)
-        total, divisor = progress.samples + samples, self.divisor(progress)
+        samples, terms = self._terms(progress, pushes)
+        gradients, gather = self._gather(terms, progress, samples)
+        total, divisor = progress.samples + samples, self.divisor(progress, samples)
         sparse = self._sparse(pushes, groups)
         filled = self._trigger.filled(progress.accumulated + 1, total)
         if filled and total != divisor:
@@ -221,6 +228,18 @@ class Pipeline:
         gathered = Gathered(gradients, sparse, first.push.parameters)
         planned = self.plan_gathered(groups, progress, gathered, updated, filled=filled)
         return replace(planned, gather=gather, gathered=gathered, recorded=self.records, samples=total, divisor=divisor)
+
+    def _gather(self, terms: Sequence[Term], progress: Progress, counted: float) -> tuple[Gradients, list[Work]]:
+        assert self.mean is not None
+        begun, compensated = progress.accumulated > 0, self._compensated
+        if self._aggregation is None:
+            return self.mean.plan(terms, begun=begun, compensated=compensated)
+        share = counted / self.divisor(progress, counted)
+        return self.mean.plan_apart(terms, self._aggregation, share, begun=begun, compensated=compensated)
+
+    @property
+    def _aggregation(self) -> Aggregation | None:
+        return self.policy.aggregation if isinstance(self.policy, Sync) else None
 
     @property
     def records(self) -> bool:
@@ -230,9 +249,9 @@ class Pipeline:
     def fold(self, pushed: Pushed, folded: Folded) -> tuple[Sequence[Work], dict[int, SparseGradient]]:
         """The work of adding a push to what was folded before, and the sparse gradients after it; raises InvalidArgument."""
         assert self.mean is not None
-        push, samples = pushed.push, pushed.push.samples
-        share = samples / folded.divisor
-        term = self._term(pushed, share)
+        push = pushed.push
+        self._check_added(push)
+        term = self._term(pushed, push.samples / folded.divisor)
         _, gather = self.mean.plan([term], begun=folded.first is not None, compensated=self._compensated)
         factor = term.weight * term.factor
         before = folded.sparse
@@ -279,7 +298,7 @@ class Pipeline:
             work.insert(0, Clipping(clip, self._spec.tensors, optimized, self._layout, sparse))
         values = [index for index in gathered.gradients if index in self._treatments]
         if values:
-            work.append(Replaced(values, self._layout, averages.slots(self._spec.transforms)))
+            work.append(Replaced(values, self._layout, self.copies))
         memories = {**ruled.memories, **{index: progress.memory[index] for index in values}}
         return replace(ruled, work=work, memories=memories)
 
@@ -289,9 +308,10 @@ class Pipeline:
             index for index, sparse in push.covers if not sparse and self._treatments.get(index) is not Treatment.FREEZE
         )
 
-    def samples_of(self, samples: Sequence[float]) -> float:
-        """What pushes that were decided on together count towards the next update."""
-        return 1.0 if self.rounds else sum(samples)
+    def samples_of(self, progress: Progress, samples: Sequence[float]) -> float:
+        """What pushes that were decided on together count towards the next update: a round one, but beside others."""
+        alike = not progress.accumulated or self._spec.transforms.accumulate > 1
+        return 1.0 if self.rounds and alike else sum(samples)
 
     def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
         """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
@@ -314,6 +334,10 @@ class Pipeline:
             guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self.mean is not None:
             self.mean.compile(gradient)
+            if (compensated := self._compensated) is not None:
+                self.mean.compile_compensated(gradient, compensated)
+            if self._aggregation is not None:
+                aggregation.compile(self._layout, self._aggregation)
             gradient = dtype_of(gradient)
             guard_loop(gradient)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self._loops is not None:
@@ -344,8 +368,9 @@ class Pipeline:
         match choice:
             case DelayCompensation(scale):
                 return Compensated(Compensation.DELAY, scale, differences=differences)
-            case GapAware() if steps is not None:
-                return Compensated(Compensation.GAP, steps.correction, steps.squares, differences)
+            case GapAware():
+                correction, squares = (steps.correction, steps.squares) if steps is not None else (0.0, None)
+                return Compensated(Compensation.GAP, correction, squares, differences)
             case _:
                 return Compensated(Compensation.NONE, 0.0, differences=differences)
 
@@ -356,13 +381,13 @@ class Pipeline:
     def _terms(self, progress: Progress, pushes: Sequence[Pushed]) -> tuple[float, list[Term]]:
         """What each of some pushes adds to the mean, and how much all of them count."""
         samples = [each.push.samples for each in pushes]
-        counted, divisor = self.samples_of(samples), self.divisor(progress)
-        total = sum(samples) / counted
+        counted = self.samples_of(progress, samples)
+        total, divisor = sum(samples) / counted, self.divisor(progress, counted)
         return counted, [self._term(each, n / total / divisor) for each, n in zip(pushes, samples, strict=True)]
 
-    def divisor(self, progress: Progress) -> float:
-        """What each push is divided by as it is added to those that wait."""
-        return progress.divisor if progress.accumulated else self._trigger.divisor
+    def divisor(self, progress: Progress, counted: float) -> float:
+        """What each push is divided by as it is added to those that wait; the first of them counts so much."""
+        return progress.divisor if progress.accumulated else self._trigger.divisor(counted)
 
     @property
     def _alone(self) -> bool:
@@ -372,6 +397,13 @@ class Pipeline:
     def learning_rate_divisor(self, stalenesses: Sequence[int | None]) -> int:
         """What the learning rate of an update is divided by, by the staleness of its pushes."""
         return learning_rate_divisor(self.policy.staleness, stalenesses[0], alone=self._alone)
+
+    def _check_added(self, push: Push) -> None:
+        """Raises TensorMismatch for a push of which nothing would be left."""
+        if not self.added(push) and not push.sparse:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: expected at least one tensor that is not frozen; got {len(push.covers)} that are"
+            )
 
     def _check_accumulating(self, progress: Progress, push: Push) -> None:
         """Raises TensorMismatch for a push that can't be averaged with those that were accumulated before."""
@@ -438,7 +470,11 @@ class Pipeline:
 
     def _check_sparse(self, sparse: Iterable[int], groups: Sequence[TensorGroup]) -> None:
         """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, or be looked at."""
-        if self._trigger != Trigger(1) or self.keeps_bases:
+        if buffers := [self._spec.tensors[index].name for index in sparse if index in self._treatments]:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: expected all values of {buffers[0]!r}, which no rule touches; got some rows"
+            )
+        if self._trigger != Trigger(1) or self.keeps_bases or self._aggregation is not None:
             raise TensorMismatch(
                 f"set {self._spec.id!r}: its policy, {self.policy}, looks at all rows: expected a dense gradient; got a "
                 "row-sparse one. Push all rows, or choose another policy"
@@ -501,10 +537,12 @@ class Trigger(NamedTuple):
     pushes: int = 0
     samples: float = 0.0
 
-    @property
-    def divisor(self) -> float:
-        """What pushes are divided by as they are added up, so that their sum is about the mean."""
-        return self.samples or float(self.pushes)
+    def __str__(self) -> str:
+        return f"{self.samples:g} samples" if self.samples else f"{self.pushes} pushes"
+
+    def divisor(self, first: float) -> float:
+        """What pushes are divided by as they are added up, so that their sum is about the mean, if all are like the first."""
+        return max(self.samples, first) if self.samples else self.pushes * first
 
     def filled(self, pushes: int, samples: float) -> bool:
         """Whether so many make an update."""

@@ -10,11 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from optserve._errors import InvalidArgument, InvalidChunk, NonFiniteValue, Refusal, TensorMismatch
+from optserve._errors import (
+    InvalidArgument,
+    InvalidChunk,
+    InvalidFormat,
+    InvalidTransform,
+    NonFiniteValue,
+    Refusal,
+    TensorMismatch,
+)
 from optserve._policies import check_samples
 from optserve._results import Position
 from optserve._rows import Indices
-from optserve._specification import Holds, ParameterSetSpec, Run, StateFormat, TensorSpec
+from optserve._specification import Holds, ParameterSetSpec, Pushes, Run, StateFormat, TensorSpec
 from optserve._transforms import check_loss_scale
 from optserve.formats import BFloat16, Float16, Format, Int8
 from optserve_server.engine.formats import INT8
@@ -82,10 +90,12 @@ class Push:
         self._gradients: dict[int, int] = {}  # index in the set to index in the push
         self._parameters: dict[int, int] = {}
         self._sparse: dict[int, SparseGradient] = {}
+        self._values = spec.treatments if spec.buffers else {}
         try:
             check_loss_scale(self.loss_scale)
             check_samples(self.samples)
             self._resolve(declared)
+            self._check_values(declared)
         except InvalidArgument as error:
             self.refuse(error)
             declared = ()  # nothing is made room for that was not registered
@@ -203,7 +213,8 @@ class Push:
                 self.digest = self._staging.digest(
                     f"{sorted(self.changes.items())} {self.loss_scale} {self.samples} {self._row_digests()}"
                 )
-                self.gradient_norm = math.hypot(*self.norms.values()) / self.loss_scale
+                norms = [norm for index, norm in self.norms.items() if index not in self._values]
+                self.gradient_norm = math.hypot(*norms) / self.loss_scale
 
     def refuse(self, error: InvalidArgument) -> None:
         """Never apply it."""
@@ -245,6 +256,21 @@ class Push:
                 raise TensorMismatch(f"expected each tensor once in a push; got {tensor.name!r} twice")
         if not self._gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {spec.id!r}; got none")
+
+    def _check_values(self, declared: Sequence[Declared]) -> None:
+        """Raises InvalidArgument kinds for what can be done to gradients, but not to values of tensors."""
+        spec, trained = self._spec, self._spec.pushes is Pushes.PARAMETERS
+        if trained and self.loss_scale != 1:
+            raise InvalidTransform(
+                f"set {spec.id!r}: expected parameters as they were trained; got a loss_scale of {self.loss_scale:g}"
+            )
+        for index, k in self._gradients.items():
+            format = declared[k].format
+            if format is not None and format.error_feedback and (trained or index in self._values):
+                raise InvalidFormat(
+                    f"set {spec.id!r}: expected values of {spec.tensors[index].name!r} as they are, or rounded; got them as "
+                    f"{format}, which is for what is added up. Push without a format, or as BFloat16 or Float16"
+                )
 
     def _check_sparse(self, declared: Declared, tensor: TensorSpec) -> None:
         """Raises InvalidArgument kinds for what can't be had for some rows only."""

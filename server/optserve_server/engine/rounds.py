@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optserve._errors import (
@@ -12,6 +12,7 @@ from optserve._errors import (
     RoundIncomplete,
     ServerDraining,
     TensorMismatch,
+    WorkerQuarantined,
 )
 from optserve._policies import Policy, Sync
 from optserve._transforms import SkipNonFinite, Transforms
@@ -19,6 +20,7 @@ from optserve_server.engine.commit import Commit
 from optserve_server.engine.folding import Folded
 from optserve_server.engine.members import Members
 from optserve_server.engine.push import Push
+from optserve_server.engine.quarantine import Watch
 
 Changes = dict[str, dict[str, Any]]
 
@@ -33,9 +35,11 @@ class Rounds:
         self._waiting: dict[str, Commit] = {}  # by client
         self._deadline = math.inf
         self._quorum_since = math.inf
+        self._barred: Mapping[str, int] = {}
         self._draining = False
         self.folded: Folded | None = None
         self.policy = policy
+        self._watch = self._watch_of(policy)
 
     @property
     def sync(self) -> Sync | None:
@@ -69,7 +73,7 @@ class Rounds:
         assert self.sync is not None
         if not self._waiting:
             self._deadline = time.monotonic() + self.sync.deadline
-            self.folded = Folded(self.sync.workers or max(1, len(self._members)))
+            self.folded = Folded((self.sync.workers or max(1, len(self._members))) * commit.push.samples)
         self._waiting[commit.session.client_id] = commit
         if self.sync.quorum is not None and len(self._waiting) == self.sync.quorum:
             self._quorum_since = time.monotonic()
@@ -83,17 +87,19 @@ class Rounds:
         """Whether a client's push waits."""
         return client_id in self._waiting
 
-    def over(self) -> list[Commit]:
+    def over(self, version: int) -> list[Commit]:
         """The pushes of the round if it is over, in the order of the workers' ids; otherwise none.
 
-        One that has taken too long with too few is given up.
+        One that has taken too long with too few is given up. The set is at a version.
         """
         if not self._waiting:
             return []
+        self._barred = self.quarantined(version)
         late = time.monotonic() >= self._deadline
         if len(self._waiting) >= self._least and (late or self._complete or time.monotonic() >= self._quorum_over):
             return self._take()
         if late:
+            self._watch = self._watch_of(self.policy)  # or a quarantine that leaves too few would never end
             there = ", ".join(map(repr, sorted(self._waiting)[:10]))
             self.give_up(
                 RoundIncomplete(
@@ -107,6 +113,28 @@ class Rounds:
         """Follow another policy; a round that is under way is given up."""
         self.give_up(RoundIncomplete("the policy of this set has changed. Nothing was applied; push again"))
         self.policy = policy
+        self._watch = self._watch_of(policy)
+
+    def judge(self, commit: Commit, version: int) -> None:
+        """Raises WorkerQuarantined for a push that is an outlier, or of a client whose were.
+
+        Once everyone is in quarantine, nobody can be the measure of the others: it begins anew.
+        """
+        if self._watch is not None and commit.push.refusal is None:
+            client_id, norm = commit.session.client_id, commit.push.gradient_norm
+            if (reason := self._watch.judge(client_id, norm, version)) is not None:
+                if set(self._members) <= self.quarantined(version).keys():
+                    self._watch = self._watch_of(self.policy)
+                raise WorkerQuarantined(reason)
+
+    def accept(self, commits: Sequence[Commit]) -> None:
+        """Take note of pushes that became part of an update."""
+        if self._watch is not None:
+            self._watch.accept(commit.push.gradient_norm for commit in commits)
+
+    def quarantined(self, version: int) -> Mapping[str, int]:
+        """The clients whose pushes are discarded when the set is at a version."""
+        return self._watch.quarantined(version) if self._watch is not None else {}
 
     def check_draining(self) -> None:
         """Raises ServerDraining once nobody is to wait any more."""
@@ -144,7 +172,7 @@ class Rounds:
         workers = self.sync.workers
         if workers is not None and len(self._waiting) >= workers:
             return True
-        missing = any(client not in self._waiting and not self._barred(client) for client in self._members)
+        missing = any(client not in self._waiting and client not in self._barred for client in self._members)
         return not missing and (workers is None or self._needed <= 0)
 
     @property
@@ -166,9 +194,9 @@ class Rounds:
             return str(max(self.sync.workers - self._members.vacancies, 1))
         return f"at least {self._least}"
 
-    def _barred(self, client_id: str) -> bool:
-        """Whether what a member pushes is not looked at, so that nobody waits for it."""
-        return False
+    def _watch_of(self, policy: Policy) -> Watch | None:
+        quarantine = policy.quarantine if isinstance(policy, Sync) else None
+        return Watch(quarantine) if quarantine is not None else None
 
     def _take(self) -> list[Commit]:
         together = [self._waiting[client] for client in sorted(self._waiting)]

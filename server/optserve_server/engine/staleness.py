@@ -41,20 +41,29 @@ def bucket(staleness: int) -> int:
     return staleness if staleness < EXACT else 1 << (staleness.bit_length() - 1)
 
 
-def check_staleness(commit: Commit, policy: Policy, version: int, barred: int | None, *, known: bool) -> None:
+def check_staleness(
+    commit: Commit, policy: Policy, version: int, barred: int | None, *, missed: bool, known: bool
+) -> None:
     """Raises TooStale for a push that is not to be part of an update any more.
 
-    `barred` is the version at which others ceased to wait for its worker, if they did; `known` says whether the parameters that
-    it was computed at are, as far as that matters.
+    `barred` is the version at which others ceased to wait for its worker, if they did; `missed` says whether the last update
+    was made without it, `known` whether the parameters that the push was computed at are, as far as that matters.
     """
     base, staleness = commit.push.base, commit.staleness
-    if not staleness or base is None:
+    if base is None or staleness is None:
+        if not known:
+            raise TooStale(
+                "expected parameters that were trained from some that this worker had pulled since the server started; got "
+                "others; they were discarded. Pull, and go on from there"
+            )
+        return
+    if not staleness:
         return
     since = (
         f"computed at version {base.version}, and the set is at {version}; it was discarded. Pull, and go on from there"
     )
-    if isinstance(policy, Sync) and policy.workers != 1 and policy.late is Late.DISCARD:
-        raise TooStale(f"expected a push of the present round; got one {since}")
+    if isinstance(policy, Sync) and policy.workers != 1 and policy.late is Late.DISCARD and missed:
+        raise TooStale(f"expected a push of the present round; got one of a round that is over, {since}")
     if isinstance(policy.staleness, Reject) and staleness > policy.staleness.bound:
         raise TooStale(f"expected a staleness of at most {policy.staleness.bound}; got one of {staleness}, {since}")
     if isinstance(policy, BoundedStaleness) and barred is not None and base.version <= barred:
