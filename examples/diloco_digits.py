@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import optserve
-from optserve import optim
+from optserve import presets
 from optserve_server import Config, Server
 from optserve_server.demo import digits
 
-OUTER = optim.SGD(lr=0.7, momentum=0.9, nesterov=True)  # what the server makes of the pseudo-gradients
 BATCH = 32
 
 
@@ -43,7 +42,7 @@ def main(workers: int = 4, steps: int = 200, every: int = 50) -> float:
     parts = [training[part] for part in np.array_split(np.arange(len(training)), workers)]
     with Server(Config(listen="127.0.0.1:0")) as server, optserve.Client(server.address) as client:
         start = digits.initial_parameters(seed=0)
-        weights = client.create_parameter_set("digits", start, OUTER, policy=optserve.Sync(workers))
+        weights = client.create_parameter_set("digits", start, **presets.diloco(workers))
         with ThreadPoolExecutor(workers) as pool:
             trained = list(pool.map(lambda part: train(server.address, part, steps, every), parts))
         accuracy = digits.accuracy(weights.pull(), test)
