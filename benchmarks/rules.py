@@ -64,6 +64,11 @@ RULES = {
     "SparseAdam": optim.SparseAdam(),
     "ScheduleFreeSGD": optim.ScheduleFreeSGD(),
     "ScheduleFreeAdamW": optim.ScheduleFreeAdamW(),
+    "FedAdagrad": optim.FedAdagrad(),
+    "FedAdagrad, momentum": optim.FedAdagrad(beta1=0.9),
+    "FedAdam": optim.FedAdam(),
+    "FedYogi": optim.FedYogi(),
+    "DelayedNesterov": optim.DelayedNesterov(),
 }
 
 PLAIN = Transforms()

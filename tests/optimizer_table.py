@@ -337,6 +337,41 @@ def schedule_free(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: f
     return beta * s["x"] + (1 - beta) * s["z"]
 
 
+def federated(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """Algorithm 2 of the paper, with what Flower, TensorFlow Federated and torch have in the place of its last line."""
+    delta = -g
+    beta1, beta2 = (o.beta1, 0.0) if isinstance(o, optim.FedAdagrad) else o.betas
+    initial = o.tau**2 if o.initial_accumulator_value is None else o.initial_accumulator_value
+    v = s["v"] if t > 1 else np.full_like(p, initial)
+    s["m"] = beta1 * s["m"] + (1 - beta1) * delta
+    match o.rule:
+        case "FedAdagrad":
+            s["v"] = v + delta**2
+        case "FedAdam":
+            s["v"] = beta2 * v + (1 - beta2) * delta**2
+        case "FedYogi":
+            s["v"] = v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
+    match getattr(o, "bias_correction", "none"):
+        case "flower":
+            lr *= math.sqrt(1 - beta2 ** (t + 1)) / (1 - beta1 ** (t + 1))
+        case "tff":
+            lr *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        case "adam":
+            return p + lr * (s["m"] / (1 - beta1**t)) / (np.sqrt(s["v"] / (1 - beta2**t)) + o.tau)
+    return p + lr * s["m"] / (np.sqrt(s["v"]) + o.tau)
+
+
+def delayed_nesterov(o: Any, p: Array, g: Array, s: dict[str, Array], t: int, lr: float) -> Array:
+    """As in the paper, whose t begins at 0."""
+    n, beta, c = o.every, o.momentum, o.c
+    s["delta"] = s["delta"] + g
+    if t % n != 0:
+        return p - lr * (c * beta * s["m"] + g / n)
+    s["m"] = beta * s["m"] + s["delta"] / n
+    s["delta"] = np.zeros_like(p)
+    return p - lr * ((1 - c * n + c) * beta * s["m"] + g / n)
+
+
 ROOTS = "where gradients are small, it takes the difference of nearly equal roots, and forgets what parameters were"
 VARIANCE = "where a gradient hardly changes, its variance is the difference of nearly equal numbers"
 SIGN = "it takes the sign of what may be nearly zero"
@@ -391,11 +426,30 @@ def _rows() -> Iterator[Row]:
     yield _schedule_free(
         "schedule-free-adamw-warm-up", optim.ScheduleFreeAdamW(lr=0.02, betas=(0.8, 0.99), warmup_steps=60.0)
     )
+    yield from _rows_of_outer_optimizers()
     for decay in (0.0, 0.05):
         for row in itertools.chain(
             _rows_with(decay), _rows_of_optax(decay), _rows_of_keras(decay), _rows_of_whole_tensors(decay)
         ):
             yield replace(row, name=f"{row.name}-decay") if decay else row
+
+
+def _rows_of_outer_optimizers() -> Iterator[Row]:
+    yield _of_paper("fed-adagrad", optim.FedAdagrad(), federated)
+    options = {"tau": 1e-2, "initial_accumulator_value": 0.0}
+    yield _of_paper("fed-adagrad-momentum", optim.FedAdagrad(lr=0.05, beta1=0.9, **options), federated)
+    yield _of_paper("fed-adam", optim.FedAdam(lr=0.02), federated)
+    zero = {"lr": 0.02, "initial_accumulator_value": 0.0}
+    for correction in ("adam", "tff", "flower"):
+        corrected = optim.FedAdam(betas=(0.8, 0.97), bias_correction=correction, **zero)
+        yield _of_paper(f"fed-adam-{correction}", corrected, federated)
+    yield _of_paper("fed-yogi", optim.FedYogi(lr=0.02), federated)
+    yield _of_paper("fed-yogi-adam", optim.FedYogi(bias_correction="adam", **zero), federated)
+    of_tff = optim.FedYogi(lr=0.02, betas=(0.9, 0.999), bias_correction="tff", initial_accumulator_value=1e-5)
+    yield _of_paper("fed-yogi-tff", of_tff, federated)
+    yield _of_paper("delayed-nesterov", optim.DelayedNesterov(lr=0.05), delayed_nesterov)
+    spread = optim.DelayedNesterov(lr=0.05, momentum=0.8, every=7, c=0.1)
+    yield _of_paper("delayed-nesterov-spread", spread, delayed_nesterov)
 
 
 def _rows_with(decay: float) -> Iterator[Row]:

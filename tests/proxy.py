@@ -12,6 +12,7 @@ class Proxy:
     """Forwards connections to a server at `host:port`.
 
     `swallow_answers()` drops what the server sends from now on; `cut()` breaks every connection and forwards again.
+    `hold_answers()` keeps what the server sends until `release_answers()`; `carried` counts bytes, both ways together.
     `limit` asks, for each new connection, how many bytes it may carry before it breaks; `answers`, how many messages of the
     server's it may carry: the next one is dropped, which is counted in `dropped`, and the connection breaks. New connections
     go to `target`.
@@ -24,21 +25,33 @@ class Proxy:
         self._limit = limit
         self._answers = answers
         self._swallowing = False
+        self._released = threading.Event()
+        self._released.set()
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads = [self._start(self._accept)]
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
+        self.carried = 0
         self.dropped = 0
 
     def swallow_answers(self) -> None:
         """Drop every byte from the server until `cut`."""
         self._swallowing = True
 
+    def hold_answers(self) -> None:
+        """Keep what comes from the server, until `release_answers` or `cut`."""
+        self._released.clear()
+
+    def release_answers(self) -> None:
+        """Send on what was held."""
+        self._released.set()
+
     def cut(self) -> None:
         """Break all connections; new ones work."""
         self._swallowing = False
+        self._released.set()
         with self._lock:
             for each in self._sockets:
                 _break(each)
@@ -87,6 +100,7 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, budget: "Budget") -> None:
         try:
             while (data := source.recv(1 << 16)) and (data := budget.take(data)):
+                self._count(data)
                 sink.sendall(data)
         except OSError:
             pass
@@ -102,11 +116,17 @@ class Proxy:
                     if messages.exhausted:
                         self.dropped += 1
                         break
+                self._released.wait()
+                self._count(data)
                 if not self._swallowing:
                     sink.sendall(data)
         except OSError:
             pass
         self._end(source, sink)
+
+    def _count(self, data: bytes) -> None:
+        with self._lock:
+            self.carried += len(data)
 
     def _end(self, source: socket.socket, sink: socket.socket) -> None:
         _break(source)

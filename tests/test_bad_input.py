@@ -156,6 +156,11 @@ BAD = {
     "group with other state": Bad(
         creating("bad/set", groups=[optim.Group("g", "w", amsgrad=True)]), optserve.InvalidHyperparameter, "amsgrad to stay"
     ),
+    "Adagrad's average switched on live": Bad(
+        creating("bad/set", optim.FedAdagrad, groups=[optim.Group("g", "w", beta1=0.9)]),
+        optserve.InvalidHyperparameter,
+        r"keep the state \['sum'\]",
+    ),
     "momentum switched on live": Bad(
         creating("bad/set", optim.SGD, groups=[optim.Group("g", "w", momentum=0.9)]),
         optserve.InvalidHyperparameter,
@@ -209,6 +214,11 @@ def test_a_refused_push_leaves_a_legal_next_sequence(client: optserve.Client, ne
         (lambda: optim.NAdam(momentum_decay=-1), "momentum_decay.*at least 0"),
         (lambda: optim.Rprop(etas=(0.5, 1.0)), r"0 < etas\[0\] < 1 < etas\[1\]; got \(0.5, 1.0\)"),
         (lambda: optim.FTRL(lr=0), "positive lr"),
+        (lambda: optim.DelayedNesterov(every=4, c=0.3), "c up to 1/every, 1/4; got 0.3"),
+        (
+            lambda: optim.FedYogi(bias_correction="flower"),
+            "bias_correction to be 'none' or 'adam' or 'tff'; got 'flower'",
+        ),
         (lambda: optim.Adan(betas=(0.9, 0.9)), "betas to be 3 numbers"),
         (lambda: optim.Adam(lr=True), "lr to be a number; got True"),
         (lambda: optim.Adam(amsgrad=0), "amsgrad to be True or False; got 0"),

@@ -450,3 +450,31 @@ def test_people_on_a_terminal_see_how_many_bytes_are_done(
     assert shown.returncode == 0
     for each in doing:
         assert re.search(rf"{each} .*\d+(\.\d)?/\d+(\.\d)?.* [kM]?B|{each}.*bytes", shown.stderr), shown.stderr
+
+
+def test_operators_see_workers_and_change_the_policy(operated: ServerProcess) -> None:
+    address = ("--address", operated.address)
+    with optserve.Client(operated.address) as client:
+        weights = client.create_parameter_set("watched", START, optim.SGD(), client_id="gpu-0")
+        late = client.parameter_set("watched", client_id="gpu-1")
+        late.pull()
+        weights.push(ONES)
+        late.push(ONES)
+        listed = rows(optserve_command("workers", "watched", *address).stdout)
+        assert [(row[0], row[3], row[4], row[5]) for row in listed] == [
+            ("gpu-0", "1", "0", "working"),
+            ("gpu-1", "1", "1", "working"),
+        ]
+        said = optserve_command("policy", "watched", "sync", "workers=2", "quorum=1", "deadline=2.5", *address)
+        assert "after version 2" in said.stdout
+        policy = optserve.Sync(workers=2, quorum=1, deadline=2.5)
+        assert weights.describe().policy == policy
+        described = optserve_command("describe", "watched", *address).stdout
+        assert str(policy)[:40] in described
+        assert rows(described)[-2:] == [["0", "1"], ["1", "1"]]
+        for wrong in (("synchronous",), ("sync", "workers=2", "quorum=3"), ("sync", "worker=2")):
+            refused = optserve_command("policy", "watched", *wrong, *address)
+            assert refused.returncode != 0
+            assert "expected" in refused.stderr
+            assert "Traceback" not in refused.stderr
+        assert weights.describe().policy == policy

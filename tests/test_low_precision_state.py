@@ -10,7 +10,7 @@ import pytest
 
 import optserve
 from direct import DirectSet
-from optserve import Holds, StateFormat, optim
+from optserve import Holds, StateFormat, optim, schedules
 from optserve._messages import decode_spec, encode_spec
 from optserve._specification import ParameterSetSpec, Run, TensorSpec
 from optserve_server.engine.push import Declared
@@ -374,6 +374,14 @@ class TestSpecification:
             optserve.InvalidArgument, match="expected state to be 'full', 'bfloat16', 'int8'; got 'int4'"
         ):
             tcp_client.create_parameter_set(new_id(), {"x": np.zeros(3, np.float32)}, ADAM, state="int4")
+
+    def test_where_a_slot_begins_may_follow_from_a_schedule(self) -> None:
+        optimizer = optim.FedAdam(tau=schedules.Linear(1e-2, 1e-3, 10))
+        direct = run(StateFormat.BFLOAT16, gradients(1), optimizer=optimizer)
+        assert {name: array.dtype for name, array in slots(direct).items()} == {
+            "exp_avg": np.uint16,
+            "exp_avg_sq": np.float32,
+        }
 
     def test_a_set_with_other_state_is_another(self, memory_client: optserve.Client, new_id: Callable[[], str]) -> None:
         name, start = new_id(), {"x": np.zeros(3, np.float32)}

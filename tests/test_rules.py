@@ -20,6 +20,7 @@ from optserve_server.engine.rules import (
     adaptive,
     automatic,
     factored,
+    federated,
     layerwise,
     momentum,
     orthogonal,
@@ -136,7 +137,7 @@ def test_every_optimizer_of_the_catalogue_is_in_the_table() -> None:
 
 
 def test_every_variant_of_a_rule_is_in_the_table() -> None:
-    modules = (adam, adaptive, automatic, factored, layerwise, momentum, orthogonal)
+    modules = (adam, adaptive, automatic, factored, federated, layerwise, momentum, orthogonal)
     values = [value for module in modules for value in vars(module).values()]
     values += [*adaptive.RMSPROPS.values(), *RULES.values()]
     known = {value for value in values if isinstance(value, Rule | TensorRule)}
@@ -175,3 +176,26 @@ def test_momenta_agree_while_the_learning_rate_is_constant_and_differ_once_it_ch
         buffered.push({"x": gradient})
         velocity.push({"x": gradient})
     assert np.abs(buffered.pull()["x"] - velocity.pull()["x"]).max() > 1e-3
+
+
+def test_delayed_nesterov_is_nesterov_with_the_mean_of_n_gradients() -> None:
+    gradients = np.random.default_rng(0).normal(size=(4, 5, 17))
+    delayed = DirectSet({"x": np.zeros(17)}, optim.DelayedNesterov(lr=0.3, every=5))
+    nesterov = DirectSet({"x": np.zeros(17)}, optim.Nesterov(lr=0.3))
+    for some in gradients:
+        for gradient in some:
+            delayed.push({"x": gradient})
+        nesterov.push({"x": some.mean(axis=0)})
+        assert distances(delayed.pull()["x"], nesterov.pull()["x"]).max() <= 1e-12
+
+
+def test_delayed_nesterov_goes_on_after_a_checkpoint_at_any_update() -> None:
+    gradients = np.random.default_rng(0).normal(size=(8, 17))
+    optimizer = optim.DelayedNesterov(every=4, c=0.1)
+    expected = DirectSet({"x": np.zeros(17)}, optimizer)
+    interrupted = DirectSet({"x": np.zeros(17)}, optimizer)
+    for gradient in gradients:
+        expected.push({"x": gradient})
+        interrupted = interrupted.restored()
+        interrupted.push({"x": gradient})
+        np.testing.assert_array_equal(interrupted.pull()["x"], expected.pull()["x"])

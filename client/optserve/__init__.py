@@ -1,8 +1,9 @@
 """optserve: the optimizer step as a service. This package is the SDK; `optserve_server` is the server."""
 
-from optserve import formats, optim, schedules
+from optserve import aggregation, formats, optim, presets, schedules, staleness
 from optserve._allocator import keep_freed_memory
 from optserve._client import Client
+from optserve._diloco import DiLoCo
 from optserve._errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -40,12 +41,14 @@ from optserve._errors import (
     SpecificationMismatch,
     StorageFailed,
     TensorMismatch,
+    TooStale,
     UnknownRule,
     VersionNotKept,
+    WorkerQuarantined,
 )
 from optserve._identity import Identity
 from optserve._parameter_set import ParameterSet
-from optserve._policies import Async, Policy, Sync
+from optserve._policies import Async, BoundedStaleness, Buffered, Late, Policy, Sync
 from optserve._results import (
     Change,
     Description,
@@ -56,9 +59,10 @@ from optserve._results import (
     Position,
     Receipt,
     Summary,
+    Worker,
 )
 from optserve._rows import Constant, Normal, RowSparse, Table, Uniform
-from optserve._specification import Holds, Journal, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec, Pushes, StateFormat, TensorSpec
 from optserve._state import Accumulation, State
 from optserve._transforms import (
     EMA,
@@ -72,12 +76,15 @@ from optserve._transforms import (
     SkipNonFinite,
     Transforms,
 )
+from optserve._treatments import Treatment
 
 __all__ = [
     "EMA",
     "SWA",
     "Accumulation",
     "Async",
+    "BoundedStaleness",
+    "Buffered",
     "Change",
     "Client",
     "ClientClosed",
@@ -88,6 +95,7 @@ __all__ = [
     "Constant",
     "DeadlineExceeded",
     "Description",
+    "DiLoCo",
     "Durability",
     "FailedPrecondition",
     "GroupDescription",
@@ -106,6 +114,7 @@ __all__ = [
     "InvalidTensor",
     "InvalidTransform",
     "Journal",
+    "Late",
     "Lookahead",
     "MessageOrder",
     "NoDataDirectory",
@@ -122,6 +131,7 @@ __all__ = [
     "Parameters",
     "Policy",
     "Position",
+    "Pushes",
     "Receipt",
     "Refusal",
     "RefuseNonFinite",
@@ -145,14 +155,21 @@ __all__ = [
     "Table",
     "TensorMismatch",
     "TensorSpec",
+    "TooStale",
     "Transforms",
+    "Treatment",
     "Uniform",
     "UnknownRule",
     "VersionNotKept",
+    "Worker",
+    "WorkerQuarantined",
+    "aggregation",
     "formats",
     "keep_freed_memory",
     "optim",
+    "presets",
     "schedules",
+    "staleness",
 ]
 
 for _name in __all__:

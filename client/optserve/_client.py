@@ -3,6 +3,7 @@
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike
 from optserve._choice import Choice, Via
 from optserve._errors import InvalidArgument, InvalidHyperparameter
 from optserve._failover import connect_all
+from optserve._heart import Heart
 from optserve._identity import Identity
 from optserve._messages import decode_holds, decode_position, decode_summary, encode_outline, encode_spec
 from optserve._parameter_set import ParameterSet
@@ -22,6 +24,7 @@ from optserve._specification import (
     Holds,
     Journal,
     ParameterSetSpec,
+    Pushes,
     StateFormat,
     TensorSpec,
     as_arrays,
@@ -30,6 +33,7 @@ from optserve._specification import (
 )
 from optserve._state import State
 from optserve._transforms import PLAIN, Transforms
+from optserve._treatments import Treatment
 from optserve._wire import Frame, Progress, bytes_of, noted, pack
 from optserve.formats import BFloat16, Float16, Format
 from optserve.optim import Group, Optimizer
@@ -58,6 +62,7 @@ class Client:
         self._transport, self.address = connect_all(address)
         self._timeout = timeout
         self._handles: weakref.WeakSet[ParameterSet] = weakref.WeakSet()
+        self._heart = Heart()
 
     def __repr__(self) -> str:
         return f"Client({self.address!r})"
@@ -75,6 +80,8 @@ class Client:
         transforms: Transforms = PLAIN,
         state: StateFormat | str = StateFormat.FULL,
         journal: Journal | str = Journal.OFF,
+        pushes: Pushes | str = Pushes.GRADIENTS,
+        buffers: Mapping[str, Treatment | str] = MappingProxyType({}),
         exist_ok: bool = False,
         client_id: str | None = None,
         push_format: Format | None = None,
@@ -88,7 +95,13 @@ class Client:
 
         `holds="moments"` keeps optimizer state only: the arrays then give shapes and dtypes, and steps return updates.
         `guard=False` trusts every worker: gradients are applied unread, so nothing refuses NaN or measures a norm. `policy`
-        says when pushes become an update: each by itself (`Async()`), or the mean of one from each worker (`Sync(workers)`).
+        says when pushes become an update: each by itself (`Async()`), the mean of one from each worker (`Sync(workers)`), each
+        by itself with nobody far ahead (`BoundedStaleness(bound)`), or the mean of several (`Buffered(pushes)`). `pushes` says
+        what workers push: "gradients"; "deltas", to be added to the parameters; or "parameters", trained from those that they
+        pulled last, of which the server then keeps a copy for each version that a worker has. `buffers`, by name or pattern,
+        are tensors that no rule touches, such as the running statistics of a batch normalization: of what is pushed of them
+        they become the mean ("average"), the last ("replace"), or nothing ("freeze"); "optimize" says that a tensor only has
+        such a name.
         `transforms` are what happens around the rule: clipping, accumulation, averages. `state="bfloat16"` and `"int8"` keep
         averages of gradients and of their squares in 2 bytes an element, or in about 1. `journal` says what of a push survives
         a crash: what the last checkpoint has ("off"); all but a second of acknowledged pushes, if the machine fails
@@ -133,6 +146,8 @@ class Client:
             StateFormat(state),
             initial,
             Journal(journal),
+            Pushes(pushes),
+            {pattern: Treatment(each) for pattern, each in as_mapping(buffers).items()},
         )
         first = pb.CreateParameterSetRequest(spec=encode_spec(spec), exist_ok=exist_ok)
         if outline is not None:
@@ -189,6 +204,7 @@ class Client:
         """Close every handle and the connection."""
         for handle in list(self._handles):
             handle.close()
+        self._heart.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -220,6 +236,7 @@ class Client:
             base=base,
             identity=identity,
             replay_window_bytes=replay_window_bytes,
+            heart=self._heart,
         )
         self._handles.add(handle)
         return handle

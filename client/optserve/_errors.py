@@ -24,6 +24,8 @@ OptserveError
 │   ├── MessageOrder               a stream's messages came in an illegal order
 │   ├── NoDataDirectory            stable storage was asked of a server that has none
 │   ├── VersionNotKept             a version that can't be brought back
+│   ├── TooStale                   a gradient of parameters from too long ago
+│   ├── WorkerQuarantined          a gradient, or a worker, that is not trusted
 │   └── NoSharedMemory             shared memory was asked of a server that can't be reached so
 ├── SessionSuperseded              a newer stream of the same client took over
 ├── ServerBusy                     try again later; the SDK does
@@ -174,6 +176,14 @@ class NoDataDirectory(FailedPrecondition):
 
 class VersionNotKept(FailedPrecondition):
     """A version of a set was asked for that neither checkpoints nor journal lead to."""
+
+
+class TooStale(FailedPrecondition):
+    """A push was discarded since its parameters are from before the last round, or from too many updates ago."""
+
+
+class WorkerQuarantined(FailedPrecondition):
+    """A push was discarded since it is far larger than others, or comes from a worker whose were."""
 
 
 class NoSharedMemory(FailedPrecondition):

@@ -22,7 +22,7 @@ Declared = list[tuple[TensorSpec, step_pb2.Role, Format | None, bytes | None]]
 class OutgoingPush:
     """What a worker pushes: C-contiguous arrays by name, and hyperparameters that change with it, by group.
 
-    `rows` says of which rows some gradients are.
+    `rows` says of which rows some gradients are, `samples` of how many samples they are the mean.
     """
 
     gradients: Arrays
@@ -31,6 +31,7 @@ class OutgoingPush:
     compressed: CompressedPush | None = None
     loss_scale: float = 1.0
     rows: Mapping[str, Indices] = field(default_factory=dict)
+    samples: float = 1.0
 
     @functools.cached_property
     def declared(self) -> Declared:
@@ -82,7 +83,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class Exchange:
-    """A push, a pull, or both, and how far they have got.
+    """A push, a pull, or both, and how far they have got; or a barrier.
 
     `attempt` is None as long as no push can have got through; `kept` is the one of which the replay window has a copy.
     """
@@ -92,6 +93,7 @@ class Exchange:
     attempt: Attempt | None = None
     kept: Attempt | None = None
     receipt: Receipt | None = None
+    barrier: bool = False
 
     @property
     def refused(self) -> bool:

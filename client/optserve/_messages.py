@@ -11,16 +11,25 @@ from optserve._errors import (
     STATUS_NUMBERS,
     InvalidArgument,
     InvalidHyperparameter,
-    InvalidPolicy,
     InvalidState,
     InvalidTensor,
     InvalidTransform,
     Refusal,
 )
-from optserve._policies import Async, Policy, Sync
-from optserve._results import Change, Description, Durability, GroupDescription, Outcome, Position, Receipt, Summary
+from optserve._policy_messages import decode_policy, encode_policy, seconds_of, set_seconds
+from optserve._results import (
+    Change,
+    Description,
+    Durability,
+    GroupDescription,
+    Outcome,
+    Position,
+    Receipt,
+    Summary,
+    Worker,
+)
 from optserve._rows import Constant, Indices, Initial, Normal, Uniform, decode_rows, encode_rows
-from optserve._specification import Holds, Journal, ParameterSetSpec, StateFormat, TensorSpec
+from optserve._specification import Holds, Journal, ParameterSetSpec, Pushes, StateFormat, TensorSpec
 from optserve._state import MOST, Outline, Part
 from optserve._transforms import (
     EMA,
@@ -36,11 +45,12 @@ from optserve._transforms import (
     SkipNonFinite,
     Transforms,
 )
+from optserve._treatments import Treatment
 from optserve.formats import BFloat16, Float16, Format, Int8, TopK
 from optserve.optim import Group, Optimizer, from_hyperparameters
 from optserve.optim._optimizer import as_number
 from optserve.schedules import Schedule, from_arguments
-from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, state_pb2, step_pb2, tensor_pb2, transforms_pb2
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, state_pb2, step_pb2, tensor_pb2, transforms_pb2
 
 T = TypeVar("T")
 
@@ -65,6 +75,17 @@ _JOURNALS = {
     Journal.EVERYSEC: parameter_set_pb2.JOURNAL_EVERYSEC,
     Journal.ALWAYS: parameter_set_pb2.JOURNAL_ALWAYS,
 }
+_PUSHES = {
+    Pushes.GRADIENTS: parameter_set_pb2.PUSHES_GRADIENTS,
+    Pushes.DELTAS: parameter_set_pb2.PUSHES_DELTAS,
+    Pushes.PARAMETERS: parameter_set_pb2.PUSHES_PARAMETERS,
+}
+_TREATMENTS = {
+    Treatment.AVERAGE: parameter_set_pb2.TREATMENT_AVERAGE,
+    Treatment.REPLACE: parameter_set_pb2.TREATMENT_REPLACE,
+    Treatment.FREEZE: parameter_set_pb2.TREATMENT_FREEZE,
+    Treatment.OPTIMIZE: parameter_set_pb2.TREATMENT_OPTIMIZE,
+}
 
 _DTYPES = {
     FLOAT32: tensor_pb2.DTYPE_FLOAT32,
@@ -77,6 +98,7 @@ _OUTCOMES = {
     Outcome.ACCUMULATED: step_pb2.OUTCOME_ACCUMULATED,
     Outcome.SKIPPED: step_pb2.OUTCOME_SKIPPED,
     Outcome.REFUSED: step_pb2.OUTCOME_REFUSED,
+    Outcome.DISCARDED: step_pb2.OUTCOME_DISCARDED,
 }
 _CONVENTIONS = {
     "torch": transforms_pb2.CONVENTION_TORCH,
@@ -268,11 +290,13 @@ def encode_spec(spec: ParameterSetSpec) -> parameter_set_pb2.ParameterSetSpec:
         ],
         holds=_HOLDS[spec.holds],
         unguarded=not spec.guard,
-        policy=_encode_policy(spec.policy),
+        policy=encode_policy(spec.policy),
         transforms=_encode_transforms(spec.transforms),
         tables={name: _encode_initial(initial) for name, initial in spec.tables.items()},
         state=_STATES[spec.state],
         journal=_JOURNALS[spec.journal],
+        pushes=_PUSHES[spec.pushes],
+        buffers={pattern: _TREATMENTS[treatment] for pattern, treatment in spec.buffers.items()},
     )
 
 
@@ -287,11 +311,16 @@ def decode_spec(message: parameter_set_pb2.ParameterSetSpec) -> ParameterSetSpec
         ),
         holds=decode_holds(message.holds),
         guard=not message.unguarded,
-        policy=_decode_policy(message.policy),
+        policy=decode_policy(message.policy),
         transforms=_decode_transforms(message.transforms),
         tables={name: _decode_initial(initial) for name, initial in message.tables.items()},
         state=_decode_choice("state", _STATES, StateFormat.FULL, message.state),
         journal=_decode_choice("journal", _JOURNALS, Journal.OFF, message.journal),
+        pushes=_decode_choice("pushes", _PUSHES, Pushes.GRADIENTS, message.pushes),
+        buffers={
+            pattern: _decode_choice("a treatment", _TREATMENTS, Treatment.OPTIMIZE, each)
+            for pattern, each in message.buffers.items()
+        },
     )
 
 
@@ -360,6 +389,8 @@ def encode_description(description: Description) -> parameter_set_pb2.ParameterS
         state_bytes=description.state_bytes,
         element_count=description.element_count,
         changes=map(encode_change, description.changes),
+        policy=encode_policy(description.policy),
+        staleness=description.staleness,
     )
     message.create_time.FromDatetime(description.create_time)
     return message
@@ -375,6 +406,8 @@ def decode_description(message: parameter_set_pb2.ParameterSet) -> Description:
         state_bytes=message.state_bytes,
         element_count=message.element_count,
         changes=tuple(map(decode_change, message.changes)),
+        policy=decode_policy(message.policy),
+        staleness=dict(sorted(message.staleness.items())),
     )
 
 
@@ -419,6 +452,8 @@ def encode_outline(outline: Outline, tensors: Sequence[TensorSpec]) -> state_pb2
         parts=[_encode_part(part, tensors) for part in outline.parts],
         accumulated=outline.accumulated,
         skipped=outline.skipped,
+        samples=outline.samples,
+        divisor=outline.divisor,
     )
 
 
@@ -438,6 +473,8 @@ def decode_outline(message: state_pb2.State, tensors: Sequence[TensorSpec]) -> O
         parts=tuple(_decode_part(part, tensors) for part in message.parts),
         accumulated=message.accumulated,
         skipped=message.skipped,
+        samples=message.samples,
+        divisor=message.divisor,
     )
 
 
@@ -472,31 +509,39 @@ def decode_summary(message: parameter_set_pb2.ParameterSetSummary) -> Summary:
     )
 
 
+def encode_worker(worker: Worker) -> parameter_set_pb2.Worker:
+    """A member of a set as a message."""
+    message = parameter_set_pb2.Worker(
+        client_id=worker.client_id,
+        pushes=worker.pushes,
+        staleness=worker.staleness,
+        waiting=worker.waiting,
+        quarantined=worker.quarantined,
+    )
+    message.join_time.FromDatetime(worker.join_time)
+    set_seconds(message.idle, worker.idle)
+    return message
+
+
+def decode_worker(message: parameter_set_pb2.Worker) -> Worker:
+    """A member of a set from its message."""
+    return Worker(
+        client_id=message.client_id,
+        join_time=message.join_time.ToDatetime(datetime.UTC),
+        idle=seconds_of(message.idle),
+        pushes=message.pushes,
+        staleness=message.staleness if message.HasField("staleness") else None,
+        waiting=message.waiting,
+        quarantined=message.quarantined,
+    )
+
+
 def _bounded(message: optimizer_pb2.Schedule) -> optimizer_pb2.Schedule:
     if (size := message.ByteSize()) > LARGEST_SCHEDULE:
         raise InvalidHyperparameter(
             f"expected a schedule of at most {LARGEST_SCHEDULE} bytes, some 50 boundaries; got {message.name} of {size}"
         )
     return message
-
-
-def _encode_policy(policy: Policy) -> policy_pb2.Policy:
-    message = policy_pb2.Policy()
-    match policy:
-        case Async():
-            getattr(message, "async").SetInParent()
-        case Sync():
-            message.sync.workers = policy.workers
-            message.sync.deadline.FromNanoseconds(round(policy.deadline * 1e9))
-        case _:
-            raise InvalidPolicy(f"expected a policy, such as Sync(workers=4); got {policy!r}")
-    return message
-
-
-def _decode_policy(message: policy_pb2.Policy) -> Policy:
-    if message.WhichOneof("kind") == "sync":
-        return Sync(message.sync.workers, message.sync.deadline.ToNanoseconds() / 1e9)
-    return Async()
 
 
 def _encode_transforms(transforms: Transforms) -> transforms_pb2.Transforms:

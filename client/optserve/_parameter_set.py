@@ -13,6 +13,7 @@ from optserve._choice import Choice
 from optserve._compression import Compressor
 from optserve._errors import InvalidArgument, InvalidFormat, InvalidHyperparameter, OutcomeUnknown, TensorMismatch
 from optserve._exchange import OutgoingPull, OutgoingPush
+from optserve._heart import Heart
 from optserve._identity import LARGEST, Identity
 from optserve._messages import (
     decode_description,
@@ -20,14 +21,17 @@ from optserve._messages import (
     decode_outline,
     decode_position,
     decode_spec,
+    decode_worker,
     encode_changes,
     encode_optimizer,
 )
-from optserve._results import Description, Parameters, Position, Receipt
+from optserve._policies import Policy, check_samples
+from optserve._policy_messages import encode_policy
+from optserve._results import Description, Parameters, Position, Receipt, Worker
 from optserve._retry import retried
 from optserve._rows import RowSparse, as_indices, as_mapping, check_count, split
 from optserve._session import Session
-from optserve._specification import as_arrays, check_set_id
+from optserve._specification import as_arrays, check_client_id, check_set_id
 from optserve._state import State, assembled
 from optserve._transforms import check_loss_scale
 from optserve._transport import Transport
@@ -60,10 +64,14 @@ class ParameterSet:
         base: Position | None = None,
         identity: Identity | None = None,
         replay_window_bytes: int = 0,
+        joins: bool = False,
+        heart: Heart,
     ) -> None:
         self._transport = transport
         self._timeout = timeout
         self._choice = choice
+        self._heart = heart
+        self._joins = joins
         self._session = Session(
             transport,
             set_id,
@@ -74,6 +82,8 @@ class ParameterSet:
             moments_only=moments_only,
             identity=identity,
             replay_window_bytes=replay_window_bytes,
+            joins=joins,
+            heart=heart,
         )
         self._compressor = Compressor(choice.push_format) if choice.push_format is not None else None
         self._moments_only = moments_only
@@ -98,6 +108,7 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
         loss_scale: float = 1.0,
+        samples: float = 1.0,
         tensors: Sequence[str] = (),
         rows: Mapping[str, ArrayLike] | None = None,
         copy: bool = True,
@@ -108,7 +119,7 @@ class ParameterSet:
         the server: they stay as they are until this handle's next step, push or pull, or until its connection ends. In a set
         that holds moments only, the result is what to add to the parameters. Raises what `push` raises.
         """
-        push = self._outgoing(gradients, parameters, hyperparameters, loss_scale)
+        push = self._outgoing(gradients, parameters, hyperparameters, loss_scale, samples)
         receipt, pulled = self._session.exchange(push, self._pull(tensors, rows, copy=copy))
         assert receipt is not None
         assert pulled is not None
@@ -129,20 +140,26 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None = None,
         hyperparameters: Changes | None = None,
         loss_scale: float = 1.0,
+        samples: float = 1.0,
     ) -> Receipt:
         """Send gradients, one array of the registered shape and dtype for each tensor that has one.
 
         A tensor without a gradient is left alone; so are the other rows of one whose gradient is a `RowSparse`. `parameters`
         are the caller's current ones, for weight decay in a set that holds moments only. `hyperparameters`, by group and name,
         change with this push and stay changed: `{"default": {"lr": 1e-4}}`; what follows a schedule takes no other value from
-        a push. `loss_scale` is what the loss was multiplied by; the server divides gradients by it. Arrays are sent from where
+        a push. `loss_scale` is what the loss was multiplied by; the server divides gradients by it. `samples` is how many
+        samples or tokens they are the mean of: how much they weigh where the policy makes one update of several. In a set that
+        was created with `pushes="deltas"` or `"parameters"`, these are what is pushed instead of gradients; of its `buffers`
+        values are pushed in any case. Arrays are sent from where
         they are, more than once if the connection breaks: they must not change until this returns.
 
         Raises TensorMismatch, InvalidTensor, NonFiniteValue, InvalidGroup or InvalidHyperparameter if the push is refused, in
-        which case nothing changed; OutcomeUnknown if no receipt came in time. With transforms, a push may also be accumulated
-        or skipped: `receipt.outcome` says so.
+        which case nothing changed; OutcomeUnknown if no receipt came in time. As transforms and policy have it, a push may also
+        be accumulated, skipped or discarded: `receipt.outcome` says so.
         """
-        receipt, _ = self._session.exchange(self._outgoing(gradients, parameters, hyperparameters, loss_scale), None)
+        receipt, _ = self._session.exchange(
+            self._outgoing(gradients, parameters, hyperparameters, loss_scale, samples), None
+        )
         assert receipt is not None
         return receipt
 
@@ -198,14 +215,19 @@ class ParameterSet:
         """
         return self._session.settle()
 
-    def update(self, *, group: str = Group.DEFAULT, **hyperparameters: Any) -> Description:
-        """Change hyperparameters of a group for every worker, from the next update on, to values or to schedules.
+    def update(
+        self, *, group: str = Group.DEFAULT, policy: Policy | None = None, **hyperparameters: Any
+    ) -> Description:
+        """Change hyperparameters of a group, to values or schedules, or the policy, for every worker, from the next update on.
 
-        What is given for a hyperparameter that follows a schedule replaces the schedule. Raises InvalidGroup or
-        InvalidHyperparameter; then nothing changed.
+        What is given for a hyperparameter that follows a schedule replaces the schedule. With another policy, a round that is
+        under way is given up, and those who wait push again. Raises InvalidGroup, InvalidHyperparameter or InvalidPolicy; then
+        nothing changed.
         """
-        changes = encode_changes({group: hyperparameters})
+        changes = encode_changes({group: hyperparameters} if hyperparameters else {})
         request = pb.UpdateParameterSetRequest(id=self.id, hyperparameters=changes)
+        if policy is not None:
+            request.policy.CopyFrom(encode_policy(policy))
         response = retried(lambda left: self._transport.call("UpdateParameterSet", request, left), self._timeout)
         return decode_description(response.parameter_set)
 
@@ -214,6 +236,40 @@ class ParameterSet:
         request = pb.GetParameterSetRequest(id=self.id)
         response = retried(lambda left: self._transport.call("GetParameterSet", request, left), self._timeout)
         return decode_description(response.parameter_set)
+
+    def worker(self, client_id: str | None = None, *, identity: Identity | None = None) -> "ParameterSet":
+        """A handle for a worker that is a member of the set while a block lasts: `with weights.worker("gpu-3") as worker:`.
+
+        A member is waited for, as the policy has it: from when the block is entered (others are from their first push) until
+        it is left, or until the lease ends during which the server hears nothing of the worker. A worker that comes back under
+        its name, or its `identity`, goes on.
+        """
+        client_id = identity.client_id if identity is not None and client_id is None else client_id
+        return ParameterSet(
+            self._transport,
+            self.id,
+            check_client_id(client_id) if client_id is not None else f"worker-{secrets.token_hex(8)}",
+            self._timeout,
+            choice=self._choice,
+            moments_only=self._moments_only,
+            identity=identity,
+            joins=True,
+            heart=self._heart,
+        )
+
+    def workers(self) -> list[Worker]:
+        """The members of the set, ordered by client id."""
+        request = pb.ListWorkersRequest(id=self.id)
+        response = retried(lambda left: self._transport.call("ListWorkers", request, left), self._timeout)
+        return list(map(decode_worker, response.workers))
+
+    def barrier(self) -> None:
+        """Wait until all members of the set have come to a barrier; this handle is one of them from now on.
+
+        Who leaves, or whose lease ends, is waited for no more. Raises RoundIncomplete if the others take longer than the
+        client's timeout.
+        """
+        self._session.barrier()
 
     def state(self, *, progress: Progress | None = None) -> State:
         """All that the set is now, to go on from in another set (`Client.create_parameter_set`) or library (`interop`).
@@ -260,7 +316,13 @@ class ParameterSet:
         self._transport.call("ForkParameterSet", request, self._timeout, wait=True)
         client_id = f"worker-{secrets.token_hex(8)}"
         return ParameterSet(
-            self._transport, id, client_id, self._timeout, choice=self._choice, moments_only=self._moments_only
+            self._transport,
+            id,
+            client_id,
+            self._timeout,
+            choice=self._choice,
+            moments_only=self._moments_only,
+            heart=self._heart,
         )
 
     def delete(self) -> None:
@@ -269,10 +331,12 @@ class ParameterSet:
         self.close()
 
     def close(self) -> None:
-        """End this handle's stream."""
+        """End this handle's stream; nobody waits for it any more."""
         self._session.close()
 
     def __enter__(self) -> Self:
+        if self._joins:
+            self._session.join()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -297,16 +361,19 @@ class ParameterSet:
         parameters: Mapping[str, ArrayLike] | None,
         hyperparameters: Changes | None,
         loss_scale: float,
+        samples: float,
     ) -> OutgoingPush:
         values, rows = split(gradients)
-        scale = check_loss_scale(loss_scale)
+        scale, weight = check_loss_scale(loss_scale), check_samples(samples)
         if rows and self._compressor is not None:
             raise InvalidFormat(
                 "expected a handle without push_format for row-sparse gradients, which travel as they are"
             )
         arrays = as_arrays(values)
         compressed = self._compressor.begin(arrays) if self._compressor is not None else None
-        outgoing = OutgoingPush(arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, scale, rows)
+        outgoing = OutgoingPush(
+            arrays, as_arrays(parameters or {}), hyperparameters or {}, compressed, scale, rows, weight
+        )
         if not outgoing.gradients:
             raise TensorMismatch(f"expected the gradient of at least one tensor of set {self.id!r}; got none")
         _ = outgoing.declared  # what can't travel is refused here, before anything is sent

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve._errors import Refusal
+from optserve._policies import ASYNC, Policy
 from optserve._rows import RowSparse
 from optserve._specification import Holds, Journal, ParameterSetSpec
 from optserve.optim import Group, Optimizer
@@ -16,12 +17,14 @@ from optserve.schedules import Schedule
 
 
 class Outcome(enum.IntEnum):
-    """What was done with a push: it made an update, was added to others for a later one, skipped, or refused."""
+    """What was done with a push: it made an update, was added to others for a later one, skipped, refused, or, since it came
+    too late, was too stale or not to be trusted, discarded."""
 
     APPLIED = 1
     ACCUMULATED = 2
     SKIPPED = 3
     REFUSED = 4
+    DISCARDED = 5
 
 
 class Durability(enum.IntEnum):
@@ -56,7 +59,8 @@ class Receipt:
     `staleness` is in updates, None if the push named no base; `gradient_norm` is Euclidean over all pushed gradients, divided
     by the loss scale, before any other change to them, and NaN in a set without a guard; `learning_rates` holds the one used,
     by group; `duplicate` marks the first receipt of a push that came again; `refusal` is why a push was refused (the SDK raises
-    it as an error) or skipped. Pushes of this worker up to `durable_sequence` were on stable storage when this was sent.
+    it as an error), skipped or discarded. Pushes of this worker up to
+    `durable_sequence` were on stable storage when this was sent.
     """
 
     sequence: int
@@ -86,9 +90,31 @@ class Receipt:
         return self.outcome is Outcome.REFUSED
 
     @property
+    def discarded(self) -> bool:
+        """Whether the push came too late, was too stale, or not to be trusted, as the policy has it."""
+        return self.outcome is Outcome.DISCARDED
+
+    @property
     def learning_rate(self) -> float:
         """Learning rate used in the group `default`."""
         return self.learning_rates.get(Group.DEFAULT, float("nan"))
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A member of a set: since when, seconds since it was last heard of, how many of its pushes were decided on since it came.
+
+    `staleness` is that of the last, None if it was not known; `waiting` says whether it waits for others, `quarantined` whether
+    what it pushes is discarded now.
+    """
+
+    client_id: str
+    join_time: datetime.datetime
+    idle: float
+    pushes: int
+    staleness: int | None = None
+    waiting: bool = False
+    quarantined: bool = False
 
 
 class Parameters(dict[str, Any]):
@@ -157,7 +183,8 @@ class Change:
 class Description:
     """A parameter set as it is now, and in `changes` what was changed of its hyperparameters, the last 1000 in order.
 
-    What schedules do is no change: it follows from the version.
+    What schedules do is no change: it follows from the version. `policy` is the one in force. `staleness` counts pushes by
+    their staleness; from 16 on, by the power of two that it reaches.
     """
 
     spec: ParameterSetSpec
@@ -167,6 +194,8 @@ class Description:
     state_bytes: int
     element_count: int
     changes: tuple[Change, ...] = ()
+    policy: Policy = ASYNC
+    staleness: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

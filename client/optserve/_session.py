@@ -4,9 +4,12 @@ Between attempts a push keeps its sequence. A new stream begins with the server 
 and with what receipt, so a push whose answer was lost is settled without sending its tensors again.
 """
 
+import contextlib
 import functools
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -31,6 +34,7 @@ from optserve._errors import (
     SessionSuperseded,
 )
 from optserve._exchange import Declared, Exchange, OutgoingPull, OutgoingPush
+from optserve._heart import Heart
 from optserve._identity import Identity
 from optserve._ledger import Ledger
 from optserve._local_channel import LocalChannel
@@ -43,6 +47,7 @@ from optserve._messages import (
     encode_position,
     encode_tensors,
 )
+from optserve._policy_messages import seconds_of
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
 from optserve._rows import encode_rows
@@ -56,12 +61,15 @@ from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 log = logging.getLogger("optserve")
 
+FAREWELL = 1.0  # seconds that a member takes to leave at most
+
 
 class Session:
     """The identity (set, client, epoch, sequence) and the stream that carries it. One call at a time; others wait.
 
     `base` is where the parameters come from that the worker has, None before it has any. With an `identity` of the same
-    client, the session of an earlier process goes on.
+    client, the session of an earlier process goes on. A worker that `joins` is a member of the set from the start, others are
+    from their first push.
     """
 
     def __init__(
@@ -76,6 +84,8 @@ class Session:
         moments_only: bool = False,
         identity: Identity | None = None,
         replay_window_bytes: int = 0,
+        joins: bool = False,
+        heart: Heart,
     ) -> None:
         self._transport = transport
         self._set_id = set_id
@@ -85,6 +95,10 @@ class Session:
         self._moments_only = moments_only
         self._lock = threading.Lock()
         self._closed = False
+        self._heart = heart
+        self._member = joins
+        self._barriers = 0  # that the set has had, as far as this worker knows
+        self.lease = math.inf  # seconds of silence until the server counts it as gone
         self._stream: Stream | None = None
         self._declared: Declared | None = None  # on this stream
         self._window = Window(replay_window_bytes)
@@ -103,6 +117,8 @@ class Session:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
+            if receipt is not None:
+                self._joined()
         if receipt is not None and receipt.refused and receipt.refusal is not None:
             raise receipt.refusal.error()
         return receipt, parameters
@@ -120,6 +136,8 @@ class Session:
                 self._until_done(Exchange(None, None, attempt))
             except SessionSuperseded as error:
                 raise OutcomeUnknown(f"what became of {push} can't be found out: {error}") from error
+            except DeadlineExceeded as error:  # it may wait for others
+                raise OutcomeUnknown(f"what became of {push} can't be found out yet: {error}") from error
             if self._ledger.epoch != attempt.epoch:
                 raise OutcomeUnknown(f"what became of {push} can't be found out: the server has forgotten its session")
             if attempt.repeated:
@@ -128,6 +146,37 @@ class Session:
                 )
             self._ledger.unsettled = None
             return self._ledger.outcome(attempt)
+
+    def join(self) -> None:
+        """Become a member of the set, which others wait for."""
+        with self._lock:
+            self._member = True
+            self._until_done(Exchange(None, None))
+            self._joined()
+
+    def barrier(self) -> None:
+        """Wait until all members have come to a barrier; raises RoundIncomplete."""
+        with self._lock:
+            self._member = True
+            exchange = Exchange(None, None, barrier=True)
+            self._until_done(exchange)
+            self._joined()
+
+    def beat(self) -> None:
+        """Say that this worker is alive, unless it is talking with the server."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._stream is not None:
+                    self._stream.send([Frame(StepRequest(heartbeat=True))])
+            except OptserveError:
+                self._disconnect()
+            finally:
+                self._lock.release()
+
+    def _joined(self) -> None:
+        self._member = True
+        if self.lease < math.inf:
+            self._heart.add(self)
 
     def identity(self) -> Identity:
         """Who this worker is, and its last push that is known to be consumed; asks the server if it has not yet."""
@@ -159,10 +208,22 @@ class Session:
             self._ledger.rewound(position, rewinds)
 
     def close(self) -> None:
-        """End the stream, and with it a call that another thread waits in. The server remembers the session."""
+        """End the stream, and with it a call that another thread waits in. A member leaves; its session is remembered."""
+        self._heart.remove(self)
+        if self._member and self._lock.acquire(blocking=False):
+            try:
+                self._leave()
+            finally:
+                self._lock.release()
         self._closed = True
         if stream := self._stream:
             stream.close()
+
+    def _leave(self) -> None:
+        if self._stream is not None and not self._closed:
+            with contextlib.suppress(OptserveError):  # then the lease ends
+                self._stream.send([Frame(StepRequest(leave=True))])
+                self._stream.receive(time.monotonic() + FAREWELL)
 
     def _until_done(self, exchange: Exchange) -> tuple[Receipt | None, Parameters | None]:
         retry = Retry(self._timeout)
@@ -189,9 +250,12 @@ class Session:
                 client_id=self._client_id,
                 epoch=self._ledger.epoch,
                 shared_memory=self._choice.shared_memory and not self._without_shared_memory,
+                join=self._member,
             )
             self._stream.send([Frame(StepRequest(open=opening))])
             opened = self._stream.receive(deadline).message.opened
+            self.lease = seconds_of(opened.lease) if opened.HasField("lease") else math.inf
+            self._barriers = min(self._barriers, opened.barriers) if exchange.barrier else opened.barriers
             missing = self._adopt(opened, exchange)
             self._carry(opened)
             self._send_again(missing, exchange, deadline)
@@ -243,6 +307,10 @@ class Session:
                 exchange.receipt = receipt
 
     def _attempt(self, stream: Stream, exchange: Exchange, deadline: float) -> tuple[Receipt | None, Parameters | None]:
+        if exchange.barrier:
+            stream.send([Frame(StepRequest(barrier=self._barriers))])
+            self._barriers = stream.receive(deadline).message.barriers
+            return None, None
         answer: Frame[StepResponse] | None = None
         if exchange.push is not None and exchange.receipt is None:
             before, attempt = exchange.attempt, self._ledger.attempt()
@@ -318,7 +386,10 @@ class Session:
 
     def _begin(self, push: OutgoingPush, sequence: int, base: Position | None) -> step_pb2.Push:
         message = step_pb2.Push(
-            sequence=sequence, hyperparameters=encode_changes(push.changes), loss_scale=push.loss_scale
+            sequence=sequence,
+            hyperparameters=encode_changes(push.changes),
+            loss_scale=push.loss_scale,
+            samples=push.samples,
         )
         if base is not None:
             message.base.CopyFrom(encode_position(base))

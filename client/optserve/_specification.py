@@ -17,6 +17,7 @@ from optserve._errors import InvalidArgument, InvalidGroup, InvalidName, Invalid
 from optserve._policies import ASYNC, Policy
 from optserve._rows import LARGEST_CAPACITY, Initial, as_mapping
 from optserve._transforms import PLAIN, Transforms
+from optserve._treatments import Treatment, resolved
 from optserve.optim import Group, Optimizer
 
 BLOCK = 4096  # elements: the unit of reductions on the server; chunks that end at multiples of it are read in place
@@ -58,6 +59,18 @@ class Journal(enum.Enum):
     @classmethod
     def _missing_(cls, value: object) -> None:
         raise InvalidArgument(f"expected journal to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
+
+
+class Pushes(enum.Enum):
+    """What workers push: gradients, deltas to be added to the parameters, or the parameters that they trained."""
+
+    GRADIENTS = "gradients"
+    DELTAS = "deltas"
+    PARAMETERS = "parameters"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise InvalidArgument(f"expected pushes to be {', '.join(repr(each.value) for each in cls)}; got {value!r}")
 
 
 def check_set_id(value: str) -> str:
@@ -148,6 +161,8 @@ class ParameterSetSpec:
     state: StateFormat = StateFormat.FULL
     tables: Mapping[str, Initial] = field(default_factory=dict)
     journal: Journal = Journal.OFF
+    pushes: Pushes = Pushes.GRADIENTS
+    buffers: Mapping[str, Treatment] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_set_id(self.id)
@@ -160,6 +175,7 @@ class ParameterSetSpec:
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)[:10]
             if repeated:
                 raise error(f"expected unique {kind} names; {', '.join(map(repr, repeated))} came more than once")
+        _ = self.treatments
         tensors = {tensor.name: tensor for tensor in self.tensors} if self.tables else {}
         for name, initial in self.tables.items():
             if name not in tensors or not tensors[name].shape or not 1 <= tensors[name].shape[0] <= LARGEST_CAPACITY:
@@ -168,6 +184,11 @@ class ParameterSetSpec:
                 )
             if initial.largest > tensors[name].dtype.largest:
                 raise InvalidTensor(f"expected initial rows that {tensors[name]} can hold; got {initial}")
+
+    @property
+    def treatments(self) -> dict[int, Treatment]:
+        """What becomes of the tensors that no rule touches, by index."""
+        return resolved([tensor.name for tensor in self.tensors], self.buffers)
 
     @property
     def sent(self) -> tuple[TensorSpec, ...]:

@@ -44,6 +44,8 @@ class Outline:
     parts: tuple[Part, ...]
     accumulated: int = 0
     skipped: int = 0
+    samples: float = 0.0
+    divisor: float = 0.0
 
     def elements(self, tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
         """What comes after the outline, in its order."""
@@ -56,10 +58,16 @@ class Outline:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Accumulation:
-    """Pushes that wait for others to make an update with: how many, and what they add to its mean gradient, by tensor."""
+    """Pushes that wait for others to make an update with: how many, and what they add to its mean gradient, by tensor.
+
+    `samples` are theirs together, and `divisor` what each was divided by as it was added up; 0 stands for one sample each, and
+    for the number of pushes that make an update.
+    """
 
     pushes: int
     gradients: Mapping[str, Array]
+    samples: float = 0.0
+    divisor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -153,6 +161,8 @@ class State:
             ),
             accumulated=self.accumulation.pushes if self.accumulation is not None else 0,
             skipped=self.skipped,
+            samples=self.accumulation.samples if self.accumulation is not None else 0.0,
+            divisor=self.accumulation.divisor if self.accumulation is not None else 0.0,
         )
 
     def _elements(self, parts: Parts) -> Iterator[Array]:
@@ -194,7 +204,9 @@ def assembled(
         memory=memory,
         group_memory=outline.group_memory,
         version=outline.version,
-        accumulation=Accumulation(outline.accumulated, waiting) if waiting is not None else None,
+        accumulation=Accumulation(outline.accumulated, waiting, outline.samples, outline.divisor)
+        if waiting is not None
+        else None,
         skipped=outline.skipped,
     )
 

@@ -27,7 +27,8 @@ class Config:
     `max_bytes_in_flight` the gradients and initial values that are being received at a time, beyond which workers are told to
     try again. `max_shared_memory` bounds the bytes that workers on this host may hold for gradients in memory shared with the
     server, beyond which, and with 0, they send them. An upload that makes no progress for `upload_timeout` seconds is ended.
-    `grace` is how many seconds pushes in flight get to finish on shutdown.
+    `grace` is how many seconds pushes in flight get to finish on shutdown. A worker that is not heard of for `lease` seconds is
+    no member of its sets any more, and others wait for it no longer; the SDK says three times in a lease that it is alive.
 
     With `follow`, the server is a standby of the one at that address: it has the same sets, and serves once it is promoted, by
     itself if `promote_after` seconds have passed without a word of that one. With `wait_for_standby`, a server acknowledges
@@ -47,6 +48,7 @@ class Config:
     max_shared_memory: int = 4 << 30
     upload_timeout: float = 30.0
     grace: float = 30.0
+    lease: float = 10.0
     follow: str | None = None
     promote_after: float | None = None
     wait_for_standby: bool = False
@@ -82,6 +84,8 @@ class Config:
             raise ValueError(f"expected an upload timeout above 0 seconds; got {self.upload_timeout}")
         if self.grace < 0:
             raise ValueError(f"expected a grace of at least 0 seconds; got {self.grace}")
+        if not SHORTEST_LEASE <= self.lease < math.inf:
+            raise ValueError(f"expected a lease of at least {SHORTEST_LEASE} seconds; got {self.lease}")
         self._check_standby()
 
     def _check_standby(self) -> None:

@@ -65,7 +65,8 @@ class Server:
             self._shared_memory = _shared_memory(config.max_shared_memory)
             if self._shared_memory is not None:
                 acquired.callback(self._shared_memory.close)
-            self._engine = Engine(config.threads, private if self._shared_memory is None else shareable)
+            allocate = private if self._shared_memory is None else shareable
+            self._engine = Engine(config.threads, allocate, config.lease)
             acquired.callback(self._engine.close)
             self._stalls = Stalls(config.upload_timeout)
             acquired.callback(self._stalls.close)

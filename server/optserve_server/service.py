@@ -32,15 +32,17 @@ from optserve._messages import (
     encode_spec,
     encode_summary,
     encode_value,
+    encode_worker,
 )
-from optserve._policies import Sync
+from optserve._policies import Policy, Sync
+from optserve._policy_messages import decode_policy
 from optserve._specification import Holds, Journal, ParameterSetSpec, TensorSpec, check_set_id
 from optserve._wire import Frame, bytes_of, pack
 from optserve.v1 import optimizer_pb2
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.standby_pb2 import FollowRequest, FollowResponse
 from optserve.v1.step_pb2 import StepRequest, StepResponse
-from optserve_server.engine import forks, outlines
+from optserve_server.engine import checks, forks, outlines
 from optserve_server.engine.engine import Engine
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
@@ -92,6 +94,7 @@ class OptimizerService:
             "ExportParameterSet": self.export_parameter_set,
             "ListParameterSets": self.list_parameter_sets,
             "UpdateParameterSet": self.update_parameter_set,
+            "ListWorkers": self.list_workers,
             "DeleteParameterSet": self.delete_parameter_set,
             "CheckpointParameterSet": self.checkpoint_parameter_set,
             "RewindParameterSet": self.rewind_parameter_set,
@@ -197,9 +200,9 @@ class OptimizerService:
             raise NoDataDirectory(
                 f"parameter set {spec.id!r}: expected a server started with --data-dir, for a journal; this one has none"
             )
-        self._engine.check(spec)
-        self._engine.check_room(spec)
-        self._check_policy(spec)
+        checks.check(spec)
+        checks.check_room(spec)
+        self._check_policy(spec, spec.policy)
 
     def _add(self, created: ParameterSet, *, exist_ok: bool, shared: Shared | None = None) -> tuple[ParameterSet, bool]:
         """Let a set be here, and durable if it is to be, unless there is one of its id by now."""
@@ -225,16 +228,18 @@ class OptimizerService:
                 storage.delete(set_id)
             raise StorageFailed(f"parameter set {set_id!r} was not created: {error}") from error
 
-    def _check_policy(self, spec: ParameterSetSpec) -> None:
+    def _check_policy(self, spec: ParameterSetSpec, policy: Policy) -> None:
         """Raises InvalidPolicy if a round's pushes could never all be here."""
-        if not isinstance(spec.policy, Sync):
+        if not isinstance(policy, Sync):
             return
-        workers, nbytes = spec.policy.workers, sum(tensor.nbytes for tensor in spec.tensors)
-        for gate, each in ((self.streams, 1), (self.pushes, nbytes)):
+        keeps = policy.keeps or spec.transforms.accumulate > 1
+        workers, nbytes = policy.workers or 1, sum(tensor.nbytes for tensor in spec.tensors)
+        for gate, each in ((self.streams, 1), (self.pushes, nbytes if keeps else 0)):
             if workers * each > gate.limit:
                 raise InvalidPolicy(
                     f"parameter set {spec.id!r}: a round of {workers} workers takes {workers * each:,} {gate.what} at a time; "
-                    f"expected at most {gate.limit:,}. Start the server with room for more, or choose fewer workers"
+                    f"expected at most {gate.limit:,}. Start the server with room for more, choose fewer workers, or a policy "
+                    "that does not keep them all"
                 )
 
     def _receive(
@@ -273,8 +278,14 @@ class OptimizerService:
 
     def update_parameter_set(self, request: pb.UpdateParameterSetRequest) -> pb.UpdateParameterSetResponse:
         parameter_set = self._engine.get(request.id)
-        parameter_set.update(decode_changes(request.hyperparameters))
+        policy = decode_policy(request.policy) if request.HasField("policy") else None
+        if policy is not None:
+            self._check_policy(parameter_set.spec, policy)
+        parameter_set.update(decode_changes(request.hyperparameters), policy)
         return pb.UpdateParameterSetResponse(parameter_set=encode_description(parameter_set.describe()))
+
+    def list_workers(self, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
+        return pb.ListWorkersResponse(workers=map(encode_worker, self._engine.get(request.id).workers()))
 
     def delete_parameter_set(self, request: pb.DeleteParameterSetRequest) -> pb.DeleteParameterSetResponse:
         with self._storing:

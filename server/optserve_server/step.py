@@ -1,5 +1,6 @@
 """One Step stream: messages in, answers out, in the order that `step.proto` lays down."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -62,6 +63,7 @@ class StepStream:
         with ExitStack() as busy:
             for frame in frames:
                 self._watch.rest()
+                self._heard()
                 if self._local and not local:
                     raise MessageOrder(
                         "expected messages on the local channel only, since it has taken over this stream"
@@ -74,15 +76,22 @@ class StepStream:
                 if frame.payload is not None:
                     self._add(frame.payload)
                 if message.commit:
-                    yield from self._commit(message.pull if message.HasField("pull") else None)
-                    busy.close()
+                    yield from self._commit(message.pull if message.HasField("pull") else None, busy)
                 elif message.HasField("pull"):
                     parameter_set, _ = self._opened("pull")
                     if self._push is not None:
                         raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `pull`")
+                    self._await_turn()
                     yield from self._answer(parameter_set, message.pull)
                 if message.release:
                     self._let_go()
+                if message.HasField("barrier"):
+                    yield self._barrier(message.barrier)
+                if message.leave:
+                    parameter_set, session = self._opened("leave")
+                    parameter_set.leave(session)
+                    yield Frame(StepResponse(left=True))
+                self._heard()
                 if self._push is not None:
                     self._watch.progress()
 
@@ -90,7 +99,8 @@ class StepStream:
         if self._set is not None:
             raise MessageOrder("expected `open` once, in a stream's first message; got it again")
         self._set = self._engine.get(message.parameter_set_id)
-        self._session = session = self._set.open(check_client_id(message.client_id), message.epoch, self)
+        client_id = check_client_id(message.client_id)
+        self._session = session = self._set.open(client_id, message.epoch, self, joins=message.join)
         last_receipt = self._set.last_receipt(session)
         opened = step_pb2.Opened(
             epoch=session.epoch,
@@ -100,7 +110,10 @@ class StepStream:
             tensors=encode_tensors(self._set.spec.tensors),
             durable_sequence=session.durable_sequence,
             rewinds=self._set.rewinds,
+            barriers=self._set.barriers,
         )
+        if self._set.lease < math.inf:
+            opened.lease.FromNanoseconds(round(self._set.lease * 1e9))
         if message.shared_memory and self._shared_memory is not None:
             attached = self._shared_memory.attached(self._set, self.serve_locally)
             self._attachment = self._lasting.enter_context(attached)
@@ -121,6 +134,7 @@ class StepStream:
             base=decode_position(message.base) if message.HasField("base") else None,
             changes=decode_changes(message.hyperparameters),
             loss_scale=message.loss_scale or 1.0,
+            samples=message.samples or 1.0,
         )
         return self._push.nbytes
 
@@ -134,7 +148,7 @@ class StepStream:
             memory = self._attachment.gradients.array
             push.add_shared(payload.runs, memory, self._attachment.offsets, replace=payload.replace)
 
-    def _commit(self, pull: step_pb2.Pull | None) -> Answers:
+    def _commit(self, pull: step_pb2.Pull | None, busy: ExitStack) -> Answers:
         parameter_set, session = self._opened("commit")
         push = self._pushing("commit")
         push.finish(pull.tensors if pull is not None else ())
@@ -143,10 +157,15 @@ class StepStream:
                 _rows(parameter_set, pull)
             except InvalidArgument as error:
                 push.refuse(error)
-        together = pull is not None and not (pull.evaluation or pull.rows)
+        together = pull is not None and not (pull.evaluation or pull.rows) and not parameter_set.takes_turns
         dtype = decode_smaller_dtype(pull.dtype) if pull is not None else None
+        push.released = busy.close
+        self._await_turn()
         receipt, snapshot = parameter_set.push(session, self, push, pull=together, dtype=dtype, held=self._held)
         self._push = push = None  # type: ignore[assignment]  # let go of the received messages
+        busy.close()
+        if pull is not None and not receipt.refused:
+            self._await_turn()
         if pull is None or receipt.refused:
             yield Frame(StepResponse(receipt=encode_receipt(receipt)))
         else:
@@ -207,11 +226,12 @@ class StepStream:
             whole = [parameter_set.indices[name] for name in pull.tensors]
             self._enter(reading, parameter_set.rows_nbytes(whole, rows, dtype))
             return parameter_set.rows(whole, rows, dtype, evaluation=pull.evaluation)
-        snapshot = parameter_set.snapshot() if dtype is None and not pull.evaluation else None
+        reader = self._session
+        snapshot = parameter_set.snapshot(reader=reader) if dtype is None and not pull.evaluation else None
         if snapshot is not None:
             return snapshot
         self._enter(reading, parameter_set.snapshot_nbytes(dtype))
-        copied = parameter_set.snapshot(pinned=False, dtype=dtype, evaluation=pull.evaluation)
+        copied = parameter_set.snapshot(pinned=False, dtype=dtype, evaluation=pull.evaluation, reader=reader)
         assert copied is not None
         return copied
 
@@ -221,6 +241,20 @@ class StepStream:
             reading.enter_context(self._gate.room(nbytes))
         except (ServerBusy, ServerDraining) as error:  # but this must not read as if nothing had been taken in
             raise ServerUnavailable(f"no room for another copy of the parameters: {error}") from None
+
+    def _barrier(self, known: int) -> Frame[StepResponse]:
+        parameter_set, session = self._opened("barrier")
+        return Frame(StepResponse(barriers=parameter_set.barrier(session, self, known)))
+
+    def _await_turn(self) -> None:
+        """Wait for slower workers, as the policy has it."""
+        parameter_set, session = self._opened("pull")
+        parameter_set.await_turn(session)
+
+    def _heard(self) -> None:
+        """Take note of the worker's being alive."""
+        if self._session is not None:
+            self._session.heard(waits=False)
 
     def _let_go(self) -> None:
         """What the worker held in shared memory may change."""
@@ -232,6 +266,8 @@ class StepStream:
         """Let go of everything: the session remembers its last stream for long."""
         self._let_go()
         self._push = self._attachment = None
+        if self._set is not None and self._session is not None:
+            self._set.disconnected(self._session, self)
 
     def _opened(self, what: str) -> tuple[ParameterSet, Session]:
         if self._set is None or self._session is None:

@@ -68,6 +68,9 @@ from optserve.optim._automatic import SWATS, Prodigy, ScheduleFreeAdamW, Schedul
 # isort: split
 from optserve.optim._orthogonal import Muon
 
+# isort: split
+from optserve.optim._federated import DelayedNesterov, FedAdagrad, FedAdam, FedYogi
+
 __all__ = [
     "ADOPT",
     "ASGD",
@@ -88,6 +91,10 @@ __all__ = [
     "Adan",
     "AveragedMomentum",
     "BiasCorrectedRMSprop",
+    "DelayedNesterov",
+    "FedAdagrad",
+    "FedAdam",
+    "FedYogi",
     "Group",
     "Lion",
     "Memory",

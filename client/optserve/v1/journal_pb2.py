@@ -23,19 +23,20 @@ _sym_db = _symbol_database.Default()
 
 
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
+from optserve.v1 import policy_pb2 as optserve_dot_v1_dot_policy__pb2
 from optserve.v1 import step_pb2 as optserve_dot_v1_dot_step__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/journal.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"\x95\x02\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12*\n\x06pushes\x18\x03 \x03(\x0b\x32\x1a.optserve.v1.JournaledPush\x12*\n\x07tensors\x18\x04 \x03(\x0b\x32\x19.optserve.v1.PushedTensor\x12\"\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x12.optserve.v1.Chunk\x12\r\n\x05sizes\x18\x06 \x03(\x04\x12\x10\n\x08gathered\x18\x07 \x01(\x08\x12\x12\n\nloss_scale\x18\x08 \x01(\x01\x12:\n\x0fhyperparameters\x18\t \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"h\n\rJournaledPush\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12%\n\x07receipt\x18\x04 \x01(\x0b\x32\x14.optserve.v1.Receiptb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/journal.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x18optserve/v1/policy.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"\xba\x02\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12*\n\x06pushes\x18\x03 \x03(\x0b\x32\x1a.optserve.v1.JournaledPush\x12*\n\x07tensors\x18\x04 \x03(\x0b\x32\x19.optserve.v1.PushedTensor\x12\"\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x12.optserve.v1.Chunk\x12\r\n\x05sizes\x18\x06 \x03(\x04\x12\x10\n\x08gathered\x18\x07 \x01(\x08\x12\x12\n\nloss_scale\x18\x08 \x01(\x01\x12:\n\x0fhyperparameters\x18\t \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\x12#\n\x06policy\x18\n \x01(\x0b\x32\x13.optserve.v1.Policy\"y\n\rJournaledPush\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12%\n\x07receipt\x18\x04 \x01(\x0b\x32\x14.optserve.v1.Receipt\x12\x0f\n\x07samples\x18\x05 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENT']._serialized_start=122
-  _globals['_EVENT']._serialized_end=399
-  _globals['_JOURNALEDPUSH']._serialized_start=401
-  _globals['_JOURNALEDPUSH']._serialized_end=505
+  _globals['_EVENT']._serialized_start=148
+  _globals['_EVENT']._serialized_end=462
+  _globals['_JOURNALEDPUSH']._serialized_start=464
+  _globals['_JOURNALEDPUSH']._serialized_end=585
 # @@protoc_insertion_point(module_scope)

@@ -24,69 +24,74 @@ _sym_db = _symbol_database.Default()
 
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import parameter_set_pb2 as optserve_dot_v1_dot_parameter__set__pb2
+from optserve.v1 import policy_pb2 as optserve_dot_v1_dot_policy__pb2
 from optserve.v1 import standby_pb2 as optserve_dot_v1_dot_standby__pb2
 from optserve.v1 import state_pb2 as optserve_dot_v1_dot_state__pb2
 from optserve.v1 import step_pb2 as optserve_dot_v1_dot_step__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x19optserve/v1/standby.proto\x1a\x17optserve/v1/state.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"\xa0\x01\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12!\n\x05state\x18\x04 \x01(\x0b\x32\x12.optserve.v1.State\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x45xportParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xb8\x01\n\x1a\x45xportParameterSetResponse\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.optserve.v1.GroupState\x12!\n\x05state\x18\x03 \x01(\x0b\x32\x12.optserve.v1.State\x12!\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.optserve.v1.Chunk\"\x1a\n\x18ListParameterSetsRequest\"U\n\x19ListParameterSetsResponse\x12\x38\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32 .optserve.v1.ParameterSetSummary\"c\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"I\n\x19RewindParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_version\"V\n\x1aRewindParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0f\n\x07rewinds\x18\x02 \x01(\x04\"\x82\x01\n\x17\x46orkParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06new_id\x18\x02 \x01(\t\x12\x14\n\x07version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12)\n\toptimizer\x18\x04 \x01(\x0b\x32\x16.optserve.v1.OptimizerB\n\n\x08_version\"L\n\x18\x46orkParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\x18\n\x16GetServerStatusRequest\"\xa8\x01\n\x17GetServerStatusResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.optserve.v1.Phase\x12\x12\n\nbytes_read\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0f\n\x07primary\x18\x04 \x01(\t\x12\x12\n\npromotable\x18\x05 \x01(\x08\x12\x0f\n\x07standby\x18\x06 \x01(\t\x12\x0b\n\x03lag\x18\x07 \x01(\x04\"\x16\n\x14PromoteServerRequest\":\n\x15PromoteServerResponse\x12\x10\n\x08promoted\x18\x01 \x01(\x08\x12\x0f\n\x07\x64\x65posed\x18\x02 \x01(\x08\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription*\x92\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPHASE_RESTORING\x10\x01\x12\x11\n\rPHASE_SERVING\x10\x02\x12\x12\n\x0ePHASE_DRAINING\x10\x03\x12\x11\n\rPHASE_STANDBY\x10\x04\x12\x11\n\rPHASE_DEPOSED\x10\x05\x12\x10\n\x0cPHASE_LAPSED\x10\x06\x32\xb9\n\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12g\n\x12\x45xportParameterSet\x12&.optserve.v1.ExportParameterSetRequest\x1a\'.optserve.v1.ExportParameterSetResponse0\x01\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12\x65\n\x12RewindParameterSet\x12&.optserve.v1.RewindParameterSetRequest\x1a\'.optserve.v1.RewindParameterSetResponse\x12_\n\x10\x46orkParameterSet\x12$.optserve.v1.ForkParameterSetRequest\x1a%.optserve.v1.ForkParameterSetResponse\x12\\\n\x0fGetServerStatus\x12#.optserve.v1.GetServerStatusRequest\x1a$.optserve.v1.GetServerStatusResponse\x12\x45\n\x06\x46ollow\x12\x1a.optserve.v1.FollowRequest\x1a\x1b.optserve.v1.FollowResponse(\x01\x30\x01\x12V\n\rPromoteServer\x12!.optserve.v1.PromoteServerRequest\x1a\".optserve.v1.PromoteServerResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#optserve/v1/optimizer_service.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x18optserve/v1/policy.proto\x1a\x19optserve/v1/standby.proto\x1a\x17optserve/v1/state.proto\x1a\x16optserve/v1/step.proto\x1a\x18optserve/v1/tensor.proto\"\xa0\x01\n\x19\x43reateParameterSetRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\x10\n\x08\x65xist_ok\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12!\n\x05state\x18\x04 \x01(\x0b\x32\x12.optserve.v1.State\"_\n\x1a\x43reateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x16GetParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x17GetParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x45xportParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xb8\x01\n\x1a\x45xportParameterSetResponse\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.optserve.v1.GroupState\x12!\n\x05state\x18\x03 \x01(\x0b\x32\x12.optserve.v1.State\x12!\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.optserve.v1.Chunk\"\x1a\n\x18ListParameterSetsRequest\"U\n\x19ListParameterSetsResponse\x12\x38\n\x0eparameter_sets\x18\x01 \x03(\x0b\x32 .optserve.v1.ParameterSetSummary\"\x88\x01\n\x19UpdateParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12:\n\x0fhyperparameters\x18\x02 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\x12#\n\x06policy\x18\x03 \x01(\x0b\x32\x13.optserve.v1.Policy\" \n\x12ListWorkersRequest\x12\n\n\x02id\x18\x01 \x01(\t\";\n\x13ListWorkersResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.optserve.v1.Worker\"N\n\x1aUpdateParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\'\n\x19\x44\x65leteParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteParameterSetResponse\"+\n\x1d\x43heckpointParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x1e\x43heckpointParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"I\n\x19RewindParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_version\"V\n\x1aRewindParameterSetResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0f\n\x07rewinds\x18\x02 \x01(\x04\"\x82\x01\n\x17\x46orkParameterSetRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06new_id\x18\x02 \x01(\t\x12\x14\n\x07version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12)\n\toptimizer\x18\x04 \x01(\x0b\x32\x16.optserve.v1.OptimizerB\n\n\x08_version\"L\n\x18\x46orkParameterSetResponse\x12\x30\n\rparameter_set\x18\x01 \x01(\x0b\x32\x19.optserve.v1.ParameterSet\"\x18\n\x16GetServerStatusRequest\"\xa8\x01\n\x17GetServerStatusResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.optserve.v1.Phase\x12\x12\n\nbytes_read\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0f\n\x07primary\x18\x04 \x01(\t\x12\x12\n\npromotable\x18\x05 \x01(\x08\x12\x0f\n\x07standby\x18\x06 \x01(\t\x12\x0b\n\x03lag\x18\x07 \x01(\x04\"\x16\n\x14PromoteServerRequest\":\n\x15PromoteServerResponse\x12\x10\n\x08promoted\x18\x01 \x01(\x08\x12\x0f\n\x07\x64\x65posed\x18\x02 \x01(\x08\"\x12\n\x10ListRulesRequest\"@\n\x11ListRulesResponse\x12+\n\x05rules\x18\x01 \x03(\x0b\x32\x1c.optserve.v1.RuleDescription*\x92\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPHASE_RESTORING\x10\x01\x12\x11\n\rPHASE_SERVING\x10\x02\x12\x12\n\x0ePHASE_DRAINING\x10\x03\x12\x11\n\rPHASE_STANDBY\x10\x04\x12\x11\n\rPHASE_DEPOSED\x10\x05\x12\x10\n\x0cPHASE_LAPSED\x10\x06\x32\x8b\x0b\n\x10OptimizerService\x12g\n\x12\x43reateParameterSet\x12&.optserve.v1.CreateParameterSetRequest\x1a\'.optserve.v1.CreateParameterSetResponse(\x01\x12\\\n\x0fGetParameterSet\x12#.optserve.v1.GetParameterSetRequest\x1a$.optserve.v1.GetParameterSetResponse\x12g\n\x12\x45xportParameterSet\x12&.optserve.v1.ExportParameterSetRequest\x1a\'.optserve.v1.ExportParameterSetResponse0\x01\x12\x62\n\x11ListParameterSets\x12%.optserve.v1.ListParameterSetsRequest\x1a&.optserve.v1.ListParameterSetsResponse\x12\x65\n\x12UpdateParameterSet\x12&.optserve.v1.UpdateParameterSetRequest\x1a\'.optserve.v1.UpdateParameterSetResponse\x12P\n\x0bListWorkers\x12\x1f.optserve.v1.ListWorkersRequest\x1a .optserve.v1.ListWorkersResponse\x12\x65\n\x12\x44\x65leteParameterSet\x12&.optserve.v1.DeleteParameterSetRequest\x1a\'.optserve.v1.DeleteParameterSetResponse\x12q\n\x16\x43heckpointParameterSet\x12*.optserve.v1.CheckpointParameterSetRequest\x1a+.optserve.v1.CheckpointParameterSetResponse\x12\x65\n\x12RewindParameterSet\x12&.optserve.v1.RewindParameterSetRequest\x1a\'.optserve.v1.RewindParameterSetResponse\x12_\n\x10\x46orkParameterSet\x12$.optserve.v1.ForkParameterSetRequest\x1a%.optserve.v1.ForkParameterSetResponse\x12\\\n\x0fGetServerStatus\x12#.optserve.v1.GetServerStatusRequest\x1a$.optserve.v1.GetServerStatusResponse\x12\x45\n\x06\x46ollow\x12\x1a.optserve.v1.FollowRequest\x1a\x1b.optserve.v1.FollowResponse(\x01\x30\x01\x12V\n\rPromoteServer\x12!.optserve.v1.PromoteServerRequest\x1a\".optserve.v1.PromoteServerResponse\x12J\n\tListRules\x12\x1d.optserve.v1.ListRulesRequest\x1a\x1e.optserve.v1.ListRulesResponse\x12?\n\x04Step\x12\x18.optserve.v1.StepRequest\x1a\x19.optserve.v1.StepResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.optimizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=2048
-  _globals['_PHASE']._serialized_end=2194
-  _globals['_CREATEPARAMETERSETREQUEST']._serialized_start=217
-  _globals['_CREATEPARAMETERSETREQUEST']._serialized_end=377
-  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_start=379
-  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_end=474
-  _globals['_GETPARAMETERSETREQUEST']._serialized_start=476
-  _globals['_GETPARAMETERSETREQUEST']._serialized_end=512
-  _globals['_GETPARAMETERSETRESPONSE']._serialized_start=514
-  _globals['_GETPARAMETERSETRESPONSE']._serialized_end=589
-  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_start=591
-  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_end=630
-  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_start=633
-  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_end=817
-  _globals['_LISTPARAMETERSETSREQUEST']._serialized_start=819
-  _globals['_LISTPARAMETERSETSREQUEST']._serialized_end=845
-  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_start=847
-  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=932
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=934
-  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=1033
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=1035
-  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=1113
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=1115
-  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=1154
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=1156
-  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=1184
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=1186
-  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=1229
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=1231
-  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=1304
-  _globals['_REWINDPARAMETERSETREQUEST']._serialized_start=1306
-  _globals['_REWINDPARAMETERSETREQUEST']._serialized_end=1379
-  _globals['_REWINDPARAMETERSETRESPONSE']._serialized_start=1381
-  _globals['_REWINDPARAMETERSETRESPONSE']._serialized_end=1467
-  _globals['_FORKPARAMETERSETREQUEST']._serialized_start=1470
-  _globals['_FORKPARAMETERSETREQUEST']._serialized_end=1600
-  _globals['_FORKPARAMETERSETRESPONSE']._serialized_start=1602
-  _globals['_FORKPARAMETERSETRESPONSE']._serialized_end=1678
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1680
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1704
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=1707
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=1875
-  _globals['_PROMOTESERVERREQUEST']._serialized_start=1877
-  _globals['_PROMOTESERVERREQUEST']._serialized_end=1899
-  _globals['_PROMOTESERVERRESPONSE']._serialized_start=1901
-  _globals['_PROMOTESERVERRESPONSE']._serialized_end=1959
-  _globals['_LISTRULESREQUEST']._serialized_start=1961
-  _globals['_LISTRULESREQUEST']._serialized_end=1979
-  _globals['_LISTRULESRESPONSE']._serialized_start=1981
-  _globals['_LISTRULESRESPONSE']._serialized_end=2045
-  _globals['_OPTIMIZERSERVICE']._serialized_start=2197
-  _globals['_OPTIMIZERSERVICE']._serialized_end=3534
+  _globals['_PHASE']._serialized_start=2207
+  _globals['_PHASE']._serialized_end=2353
+  _globals['_CREATEPARAMETERSETREQUEST']._serialized_start=243
+  _globals['_CREATEPARAMETERSETREQUEST']._serialized_end=403
+  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_start=405
+  _globals['_CREATEPARAMETERSETRESPONSE']._serialized_end=500
+  _globals['_GETPARAMETERSETREQUEST']._serialized_start=502
+  _globals['_GETPARAMETERSETREQUEST']._serialized_end=538
+  _globals['_GETPARAMETERSETRESPONSE']._serialized_start=540
+  _globals['_GETPARAMETERSETRESPONSE']._serialized_end=615
+  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_start=617
+  _globals['_EXPORTPARAMETERSETREQUEST']._serialized_end=656
+  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_start=659
+  _globals['_EXPORTPARAMETERSETRESPONSE']._serialized_end=843
+  _globals['_LISTPARAMETERSETSREQUEST']._serialized_start=845
+  _globals['_LISTPARAMETERSETSREQUEST']._serialized_end=871
+  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_start=873
+  _globals['_LISTPARAMETERSETSRESPONSE']._serialized_end=958
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_start=961
+  _globals['_UPDATEPARAMETERSETREQUEST']._serialized_end=1097
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1099
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1131
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1133
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1192
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_start=1194
+  _globals['_UPDATEPARAMETERSETRESPONSE']._serialized_end=1272
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_start=1274
+  _globals['_DELETEPARAMETERSETREQUEST']._serialized_end=1313
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_start=1315
+  _globals['_DELETEPARAMETERSETRESPONSE']._serialized_end=1343
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_start=1345
+  _globals['_CHECKPOINTPARAMETERSETREQUEST']._serialized_end=1388
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_start=1390
+  _globals['_CHECKPOINTPARAMETERSETRESPONSE']._serialized_end=1463
+  _globals['_REWINDPARAMETERSETREQUEST']._serialized_start=1465
+  _globals['_REWINDPARAMETERSETREQUEST']._serialized_end=1538
+  _globals['_REWINDPARAMETERSETRESPONSE']._serialized_start=1540
+  _globals['_REWINDPARAMETERSETRESPONSE']._serialized_end=1626
+  _globals['_FORKPARAMETERSETREQUEST']._serialized_start=1629
+  _globals['_FORKPARAMETERSETREQUEST']._serialized_end=1759
+  _globals['_FORKPARAMETERSETRESPONSE']._serialized_start=1761
+  _globals['_FORKPARAMETERSETRESPONSE']._serialized_end=1837
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1839
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1863
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=1866
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=2034
+  _globals['_PROMOTESERVERREQUEST']._serialized_start=2036
+  _globals['_PROMOTESERVERREQUEST']._serialized_end=2058
+  _globals['_PROMOTESERVERRESPONSE']._serialized_start=2060
+  _globals['_PROMOTESERVERRESPONSE']._serialized_end=2118
+  _globals['_LISTRULESREQUEST']._serialized_start=2120
+  _globals['_LISTRULESREQUEST']._serialized_end=2138
+  _globals['_LISTRULESRESPONSE']._serialized_start=2140
+  _globals['_LISTRULESRESPONSE']._serialized_end=2204
+  _globals['_OPTIMIZERSERVICE']._serialized_start=2356
+  _globals['_OPTIMIZERSERVICE']._serialized_end=3775
 # @@protoc_insertion_point(module_scope)

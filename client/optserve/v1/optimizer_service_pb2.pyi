@@ -1,5 +1,6 @@
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
+from optserve.v1 import policy_pb2 as _policy_pb2
 from optserve.v1 import standby_pb2 as _standby_pb2
 from optserve.v1 import state_pb2 as _state_pb2
 from optserve.v1 import step_pb2 as _step_pb2
@@ -91,12 +92,26 @@ class ListParameterSetsResponse(_message.Message):
     def __init__(self, parameter_sets: _Optional[_Iterable[_Union[_parameter_set_pb2.ParameterSetSummary, _Mapping]]] = ...) -> None: ...
 
 class UpdateParameterSetRequest(_message.Message):
-    __slots__ = ("id", "hyperparameters")
+    __slots__ = ("id", "hyperparameters", "policy")
     ID_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     id: str
     hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.GroupHyperparameters]
-    def __init__(self, id: _Optional[str] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ...) -> None: ...
+    policy: _policy_pb2.Policy
+    def __init__(self, id: _Optional[str] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ...) -> None: ...
+
+class ListWorkersRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ListWorkersResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[_parameter_set_pb2.Worker]
+    def __init__(self, workers: _Optional[_Iterable[_Union[_parameter_set_pb2.Worker, _Mapping]]] = ...) -> None: ...
 
 class UpdateParameterSetResponse(_message.Message):
     __slots__ = ("parameter_set",)

@@ -65,6 +65,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetResponse.FromString,
                 _registered_method=True)
+        self.ListWorkers = channel.unary_unary(
+                '/optserve.v1.OptimizerService/ListWorkers',
+                request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersResponse.FromString,
+                _registered_method=True)
         self.DeleteParameterSet = channel.unary_unary(
                 '/optserve.v1.OptimizerService/DeleteParameterSet',
                 request_serializer=optserve_dot_v1_dot_optimizer__service__pb2.DeleteParameterSetRequest.SerializeToString,
@@ -155,8 +160,15 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateParameterSet(self, request, context):
-        """Changes hyperparameters from the next update on, for every worker. All of the change happens, or none.
-        Errors: NOT_FOUND, INVALID_ARGUMENT (unknown group or name, value out of range, not live).
+        """Changes hyperparameters from the next update on, for every worker, and the policy. All of the change happens, or none.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (unknown group or name, value out of range, not live, a policy that the set can't follow).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkers(self, request, context):
+        """Lists the members of a set, ordered by client id. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -265,6 +277,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.UpdateParameterSet,
                     request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetResponse.SerializeToString,
+            ),
+            'ListWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkers,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersResponse.SerializeToString,
             ),
             'DeleteParameterSet': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteParameterSet,
@@ -451,6 +468,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/UpdateParameterSet',
             optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__service__pb2.UpdateParameterSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/ListWorkers',
+            optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__service__pb2.ListWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

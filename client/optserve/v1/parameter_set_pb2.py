@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import policy_pb2 as optserve_dot_v1_dot_policy__pb2
@@ -29,7 +30,7 @@ from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 from optserve.v1 import transforms_pb2 as optserve_dot_v1_dot_transforms__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foptserve/v1/parameter_set.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x18optserve/v1/policy.proto\x1a\x18optserve/v1/tensor.proto\x1a\x1coptserve/v1/transforms.proto\"I\n\x08Position\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x17\n\x0f\x64urable_version\x18\x03 \x01(\x04\"u\n\x07Initial\x12\x12\n\x08\x63onstant\x18\x01 \x01(\x01H\x00\x12\'\n\x07uniform\x18\x02 \x01(\x0b\x32\x14.optserve.v1.UniformH\x00\x12%\n\x06normal\x18\x03 \x01(\x0b\x32\x13.optserve.v1.NormalH\x00\x42\x06\n\x04kind\"2\n\x07Uniform\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x12\"#\n\x06Normal\x12\x0b\n\x03std\x18\x01 \x01(\x01\x12\x0c\n\x04seed\x18\x02 \x01(\x12\"\xef\x03\n\x10ParameterSetSpec\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.optserve.v1.TensorSpec\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\"\n\x06groups\x18\x04 \x03(\x0b\x32\x12.optserve.v1.Group\x12!\n\x05holds\x18\x05 \x01(\x0e\x32\x12.optserve.v1.Holds\x12\x11\n\tunguarded\x18\x06 \x01(\x08\x12#\n\x06policy\x18\x07 \x01(\x0b\x32\x13.optserve.v1.Policy\x12+\n\ntransforms\x18\x08 \x01(\x0b\x32\x17.optserve.v1.Transforms\x12\'\n\x05state\x18\t \x01(\x0e\x32\x18.optserve.v1.StateFormat\x12\x39\n\x06tables\x18\n \x03(\x0b\x32).optserve.v1.ParameterSetSpec.TablesEntry\x12%\n\x07journal\x18\x0b \x01(\x0e\x32\x14.optserve.v1.Journal\x1a\x43\n\x0bTablesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.optserve.v1.Initial:\x02\x38\x01\"\x95\x02\n\x13ParameterSetSummary\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12!\n\x05holds\x18\x03 \x01(\x0e\x32\x12.optserve.v1.Holds\x12\'\n\x08position\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x14\n\x0ctensor_count\x18\x05 \x01(\x04\x12\x15\n\relement_count\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x07journal\x18\t \x01(\x0e\x32\x14.optserve.v1.Journal\"\xda\x01\n\nGroupState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x39\n\tschedules\x18\x04 \x03(\x0b\x32&.optserve.v1.GroupState.SchedulesEntry\x1aG\n\x0eSchedulesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule:\x02\x38\x01\"\x90\x02\n\x0cParameterSet\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x06groups\x18\x03 \x03(\x0b\x32\x17.optserve.v1.GroupState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\x12\x15\n\relement_count\x18\x06 \x01(\x04\x12$\n\x07\x63hanges\x18\x07 \x03(\x0b\x32\x13.optserve.v1.Change*G\n\x05Holds\x12\x15\n\x11HOLDS_UNSPECIFIED\x10\x00\x12\x14\n\x10HOLDS_PARAMETERS\x10\x01\x12\x11\n\rHOLDS_MOMENTS\x10\x02*t\n\x0bStateFormat\x12\x1c\n\x18STATE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_FORMAT_FULL\x10\x01\x12\x19\n\x15STATE_FORMAT_BFLOAT16\x10\x02\x12\x15\n\x11STATE_FORMAT_INT8\x10\x03*r\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x02\x12\x19\n\x15\x44URABILITY_CHECKPOINT\x10\x03*]\n\x07Journal\x12\x17\n\x13JOURNAL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bJOURNAL_OFF\x10\x01\x12\x14\n\x10JOURNAL_EVERYSEC\x10\x02\x12\x12\n\x0eJOURNAL_ALWAYS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foptserve/v1/parameter_set.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x18optserve/v1/policy.proto\x1a\x18optserve/v1/tensor.proto\x1a\x1coptserve/v1/transforms.proto\"I\n\x08Position\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x17\n\x0f\x64urable_version\x18\x03 \x01(\x04\"u\n\x07Initial\x12\x12\n\x08\x63onstant\x18\x01 \x01(\x01H\x00\x12\'\n\x07uniform\x18\x02 \x01(\x0b\x32\x14.optserve.v1.UniformH\x00\x12%\n\x06normal\x18\x03 \x01(\x0b\x32\x13.optserve.v1.NormalH\x00\x42\x06\n\x04kind\"2\n\x07Uniform\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x12\"#\n\x06Normal\x12\x0b\n\x03std\x18\x01 \x01(\x01\x12\x0c\n\x04seed\x18\x02 \x01(\x12\"\x99\x05\n\x10ParameterSetSpec\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x07tensors\x18\x02 \x03(\x0b\x32\x17.optserve.v1.TensorSpec\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\"\n\x06groups\x18\x04 \x03(\x0b\x32\x12.optserve.v1.Group\x12!\n\x05holds\x18\x05 \x01(\x0e\x32\x12.optserve.v1.Holds\x12\x11\n\tunguarded\x18\x06 \x01(\x08\x12#\n\x06policy\x18\x07 \x01(\x0b\x32\x13.optserve.v1.Policy\x12+\n\ntransforms\x18\x08 \x01(\x0b\x32\x17.optserve.v1.Transforms\x12\'\n\x05state\x18\t \x01(\x0e\x32\x18.optserve.v1.StateFormat\x12\x39\n\x06tables\x18\n \x03(\x0b\x32).optserve.v1.ParameterSetSpec.TablesEntry\x12%\n\x07journal\x18\x0b \x01(\x0e\x32\x14.optserve.v1.Journal\x12#\n\x06pushes\x18\x0c \x01(\x0e\x32\x13.optserve.v1.Pushes\x12;\n\x07\x62uffers\x18\r \x03(\x0b\x32*.optserve.v1.ParameterSetSpec.BuffersEntry\x1a\x43\n\x0bTablesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.optserve.v1.Initial:\x02\x38\x01\x1a\x46\n\x0c\x42uffersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0e\x32\x16.optserve.v1.Treatment:\x02\x38\x01\"\x95\x02\n\x13ParameterSetSummary\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12!\n\x05holds\x18\x03 \x01(\x0e\x32\x12.optserve.v1.Holds\x12\'\n\x08position\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x14\n\x0ctensor_count\x18\x05 \x01(\x04\x12\x15\n\relement_count\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x07journal\x18\t \x01(\x0e\x32\x14.optserve.v1.Journal\"\xda\x01\n\nGroupState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12)\n\toptimizer\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x39\n\tschedules\x18\x04 \x03(\x0b\x32&.optserve.v1.GroupState.SchedulesEntry\x1aG\n\x0eSchedulesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule:\x02\x38\x01\"\xa4\x03\n\x0cParameterSet\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ParameterSetSpec\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x06groups\x18\x03 \x03(\x0b\x32\x17.optserve.v1.GroupState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\x12\x15\n\relement_count\x18\x06 \x01(\x04\x12$\n\x07\x63hanges\x18\x07 \x03(\x0b\x32\x13.optserve.v1.Change\x12#\n\x06policy\x18\x08 \x01(\x0b\x32\x13.optserve.v1.Policy\x12;\n\tstaleness\x18\t \x03(\x0b\x32(.optserve.v1.ParameterSet.StalenessEntry\x1a\x30\n\x0eStalenessEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcf\x01\n\x06Worker\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12-\n\tjoin_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04idle\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06pushes\x18\x04 \x01(\x04\x12\x16\n\tstaleness\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07waiting\x18\x06 \x01(\x08\x12\x13\n\x0bquarantined\x18\x07 \x01(\x08\x42\x0c\n\n_staleness*G\n\x05Holds\x12\x15\n\x11HOLDS_UNSPECIFIED\x10\x00\x12\x14\n\x10HOLDS_PARAMETERS\x10\x01\x12\x11\n\rHOLDS_MOMENTS\x10\x02*t\n\x0bStateFormat\x12\x1c\n\x18STATE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_FORMAT_FULL\x10\x01\x12\x19\n\x15STATE_FORMAT_BFLOAT16\x10\x02\x12\x15\n\x11STATE_FORMAT_INT8\x10\x03*`\n\x06Pushes\x12\x16\n\x12PUSHES_UNSPECIFIED\x10\x00\x12\x14\n\x10PUSHES_GRADIENTS\x10\x01\x12\x11\n\rPUSHES_DELTAS\x10\x02\x12\x15\n\x11PUSHES_PARAMETERS\x10\x03*\x82\x01\n\tTreatment\x12\x19\n\x15TREATMENT_UNSPECIFIED\x10\x00\x12\x15\n\x11TREATMENT_AVERAGE\x10\x01\x12\x15\n\x11TREATMENT_REPLACE\x10\x02\x12\x14\n\x10TREATMENT_FREEZE\x10\x03\x12\x16\n\x12TREATMENT_OPTIMIZE\x10\x04*r\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44URABILITY_MEMORY\x10\x01\x12\x16\n\x12\x44URABILITY_JOURNAL\x10\x02\x12\x19\n\x15\x44URABILITY_CHECKPOINT\x10\x03*]\n\x07Journal\x12\x17\n\x13JOURNAL_UNSPECIFIED\x10\x00\x12\x0f\n\x0bJOURNAL_OFF\x10\x01\x12\x14\n\x10JOURNAL_EVERYSEC\x10\x02\x12\x12\n\x0eJOURNAL_ALWAYS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,34 +39,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMETERSETSPEC_TABLESENTRY']._loaded_options = None
   _globals['_PARAMETERSETSPEC_TABLESENTRY']._serialized_options = b'8\001'
+  _globals['_PARAMETERSETSPEC_BUFFERSENTRY']._loaded_options = None
+  _globals['_PARAMETERSETSPEC_BUFFERSENTRY']._serialized_options = b'8\001'
   _globals['_GROUPSTATE_SCHEDULESENTRY']._loaded_options = None
   _globals['_GROUPSTATE_SCHEDULESENTRY']._serialized_options = b'8\001'
-  _globals['_HOLDS']._serialized_start=1749
-  _globals['_HOLDS']._serialized_end=1820
-  _globals['_STATEFORMAT']._serialized_start=1822
-  _globals['_STATEFORMAT']._serialized_end=1938
-  _globals['_DURABILITY']._serialized_start=1940
-  _globals['_DURABILITY']._serialized_end=2054
-  _globals['_JOURNAL']._serialized_start=2056
-  _globals['_JOURNAL']._serialized_end=2149
-  _globals['_POSITION']._serialized_start=192
-  _globals['_POSITION']._serialized_end=265
-  _globals['_INITIAL']._serialized_start=267
-  _globals['_INITIAL']._serialized_end=384
-  _globals['_UNIFORM']._serialized_start=386
-  _globals['_UNIFORM']._serialized_end=436
-  _globals['_NORMAL']._serialized_start=438
-  _globals['_NORMAL']._serialized_end=473
-  _globals['_PARAMETERSETSPEC']._serialized_start=476
-  _globals['_PARAMETERSETSPEC']._serialized_end=971
-  _globals['_PARAMETERSETSPEC_TABLESENTRY']._serialized_start=904
-  _globals['_PARAMETERSETSPEC_TABLESENTRY']._serialized_end=971
-  _globals['_PARAMETERSETSUMMARY']._serialized_start=974
-  _globals['_PARAMETERSETSUMMARY']._serialized_end=1251
-  _globals['_GROUPSTATE']._serialized_start=1254
-  _globals['_GROUPSTATE']._serialized_end=1472
-  _globals['_GROUPSTATE_SCHEDULESENTRY']._serialized_start=1401
-  _globals['_GROUPSTATE_SCHEDULESENTRY']._serialized_end=1472
-  _globals['_PARAMETERSET']._serialized_start=1475
-  _globals['_PARAMETERSET']._serialized_end=1747
+  _globals['_PARAMETERSET_STALENESSENTRY']._loaded_options = None
+  _globals['_PARAMETERSET_STALENESSENTRY']._serialized_options = b'8\001'
+  _globals['_HOLDS']._serialized_start=2309
+  _globals['_HOLDS']._serialized_end=2380
+  _globals['_STATEFORMAT']._serialized_start=2382
+  _globals['_STATEFORMAT']._serialized_end=2498
+  _globals['_PUSHES']._serialized_start=2500
+  _globals['_PUSHES']._serialized_end=2596
+  _globals['_TREATMENT']._serialized_start=2599
+  _globals['_TREATMENT']._serialized_end=2729
+  _globals['_DURABILITY']._serialized_start=2731
+  _globals['_DURABILITY']._serialized_end=2845
+  _globals['_JOURNAL']._serialized_start=2847
+  _globals['_JOURNAL']._serialized_end=2940
+  _globals['_POSITION']._serialized_start=224
+  _globals['_POSITION']._serialized_end=297
+  _globals['_INITIAL']._serialized_start=299
+  _globals['_INITIAL']._serialized_end=416
+  _globals['_UNIFORM']._serialized_start=418
+  _globals['_UNIFORM']._serialized_end=468
+  _globals['_NORMAL']._serialized_start=470
+  _globals['_NORMAL']._serialized_end=505
+  _globals['_PARAMETERSETSPEC']._serialized_start=508
+  _globals['_PARAMETERSETSPEC']._serialized_end=1173
+  _globals['_PARAMETERSETSPEC_TABLESENTRY']._serialized_start=1034
+  _globals['_PARAMETERSETSPEC_TABLESENTRY']._serialized_end=1101
+  _globals['_PARAMETERSETSPEC_BUFFERSENTRY']._serialized_start=1103
+  _globals['_PARAMETERSETSPEC_BUFFERSENTRY']._serialized_end=1173
+  _globals['_PARAMETERSETSUMMARY']._serialized_start=1176
+  _globals['_PARAMETERSETSUMMARY']._serialized_end=1453
+  _globals['_GROUPSTATE']._serialized_start=1456
+  _globals['_GROUPSTATE']._serialized_end=1674
+  _globals['_GROUPSTATE_SCHEDULESENTRY']._serialized_start=1603
+  _globals['_GROUPSTATE_SCHEDULESENTRY']._serialized_end=1674
+  _globals['_PARAMETERSET']._serialized_start=1677
+  _globals['_PARAMETERSET']._serialized_end=2097
+  _globals['_PARAMETERSET_STALENESSENTRY']._serialized_start=2049
+  _globals['_PARAMETERSET_STALENESSENTRY']._serialized_end=2097
+  _globals['_WORKER']._serialized_start=2100
+  _globals['_WORKER']._serialized_end=2307
 # @@protoc_insertion_point(module_scope)

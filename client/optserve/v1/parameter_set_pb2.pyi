@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import policy_pb2 as _policy_pb2
@@ -27,6 +28,21 @@ class StateFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATE_FORMAT_BFLOAT16: _ClassVar[StateFormat]
     STATE_FORMAT_INT8: _ClassVar[StateFormat]
 
+class Pushes(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PUSHES_UNSPECIFIED: _ClassVar[Pushes]
+    PUSHES_GRADIENTS: _ClassVar[Pushes]
+    PUSHES_DELTAS: _ClassVar[Pushes]
+    PUSHES_PARAMETERS: _ClassVar[Pushes]
+
+class Treatment(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TREATMENT_UNSPECIFIED: _ClassVar[Treatment]
+    TREATMENT_AVERAGE: _ClassVar[Treatment]
+    TREATMENT_REPLACE: _ClassVar[Treatment]
+    TREATMENT_FREEZE: _ClassVar[Treatment]
+    TREATMENT_OPTIMIZE: _ClassVar[Treatment]
+
 class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DURABILITY_UNSPECIFIED: _ClassVar[Durability]
@@ -47,6 +63,15 @@ STATE_FORMAT_UNSPECIFIED: StateFormat
 STATE_FORMAT_FULL: StateFormat
 STATE_FORMAT_BFLOAT16: StateFormat
 STATE_FORMAT_INT8: StateFormat
+PUSHES_UNSPECIFIED: Pushes
+PUSHES_GRADIENTS: Pushes
+PUSHES_DELTAS: Pushes
+PUSHES_PARAMETERS: Pushes
+TREATMENT_UNSPECIFIED: Treatment
+TREATMENT_AVERAGE: Treatment
+TREATMENT_REPLACE: Treatment
+TREATMENT_FREEZE: Treatment
+TREATMENT_OPTIMIZE: Treatment
 DURABILITY_UNSPECIFIED: Durability
 DURABILITY_MEMORY: Durability
 DURABILITY_JOURNAL: Durability
@@ -95,7 +120,7 @@ class Normal(_message.Message):
     def __init__(self, std: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ParameterSetSpec(_message.Message):
-    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state", "tables", "journal")
+    __slots__ = ("id", "tensors", "optimizer", "groups", "holds", "unguarded", "policy", "transforms", "state", "tables", "journal", "pushes", "buffers")
     class TablesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +128,13 @@ class ParameterSetSpec(_message.Message):
         key: str
         value: Initial
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Initial, _Mapping]] = ...) -> None: ...
+    class BuffersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Treatment
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Treatment, str]] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +146,8 @@ class ParameterSetSpec(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
     id: str
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorSpec]
     optimizer: _optimizer_pb2.Optimizer
@@ -125,7 +159,9 @@ class ParameterSetSpec(_message.Message):
     state: StateFormat
     tables: _containers.MessageMap[str, Initial]
     journal: Journal
-    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ..., journal: _Optional[_Union[Journal, str]] = ...) -> None: ...
+    pushes: Pushes
+    buffers: _containers.ScalarMap[str, Treatment]
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_optimizer_pb2.Group, _Mapping]]] = ..., holds: _Optional[_Union[Holds, str]] = ..., unguarded: bool = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., transforms: _Optional[_Union[_transforms_pb2.Transforms, _Mapping]] = ..., state: _Optional[_Union[StateFormat, str]] = ..., tables: _Optional[_Mapping[str, Initial]] = ..., journal: _Optional[_Union[Journal, str]] = ..., pushes: _Optional[_Union[Pushes, str]] = ..., buffers: _Optional[_Mapping[str, Treatment]] = ...) -> None: ...
 
 class ParameterSetSummary(_message.Message):
     __slots__ = ("id", "rule", "holds", "position", "tensor_count", "element_count", "state_bytes", "create_time", "journal")
@@ -169,7 +205,14 @@ class GroupState(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensors: _Optional[_Iterable[str]] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., schedules: _Optional[_Mapping[str, _optimizer_pb2.Schedule]] = ...) -> None: ...
 
 class ParameterSet(_message.Message):
-    __slots__ = ("spec", "position", "groups", "create_time", "state_bytes", "element_count", "changes")
+    __slots__ = ("spec", "position", "groups", "create_time", "state_bytes", "element_count", "changes", "policy", "staleness")
+    class StalenessEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
     SPEC_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +220,8 @@ class ParameterSet(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_COUNT_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     spec: ParameterSetSpec
     position: Position
     groups: _containers.RepeatedCompositeFieldContainer[GroupState]
@@ -184,4 +229,24 @@ class ParameterSet(_message.Message):
     state_bytes: int
     element_count: int
     changes: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.Change]
-    def __init__(self, spec: _Optional[_Union[ParameterSetSpec, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_bytes: _Optional[int] = ..., element_count: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[_optimizer_pb2.Change, _Mapping]]] = ...) -> None: ...
+    policy: _policy_pb2.Policy
+    staleness: _containers.ScalarMap[int, int]
+    def __init__(self, spec: _Optional[_Union[ParameterSetSpec, _Mapping]] = ..., position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_bytes: _Optional[int] = ..., element_count: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[_optimizer_pb2.Change, _Mapping]]] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., staleness: _Optional[_Mapping[int, int]] = ...) -> None: ...
+
+class Worker(_message.Message):
+    __slots__ = ("client_id", "join_time", "idle", "pushes", "staleness", "waiting", "quarantined")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TIME_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    client_id: str
+    join_time: _timestamp_pb2.Timestamp
+    idle: _duration_pb2.Duration
+    pushes: int
+    staleness: int
+    waiting: bool
+    quarantined: bool
+    def __init__(self, client_id: _Optional[str] = ..., join_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., idle: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., pushes: _Optional[int] = ..., staleness: _Optional[int] = ..., waiting: bool = ..., quarantined: bool = ...) -> None: ...

@@ -25,17 +25,35 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optserve/v1/policy.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\"\x07\n\x05\x41sync\"D\n\x04Sync\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"X\n\x06Policy\x12#\n\x05\x61sync\x18\x01 \x01(\x0b\x32\x12.optserve.v1.AsyncH\x00\x12!\n\x04sync\x18\x02 \x01(\x0b\x32\x11.optserve.v1.SyncH\x00\x42\x06\n\x04kindb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18optserve/v1/policy.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb6\x01\n\tStaleness\x12\x17\n\rreject_beyond\x18\x01 \x01(\x04H\x00\x12?\n\x14\x64ivide_learning_rate\x18\x02 \x01(\x0b\x32\x1f.optserve.v1.DivideLearningRateH\x00\x12\x14\n\npolynomial\x18\x03 \x01(\x01H\x00\x12\x1c\n\x12\x64\x65lay_compensation\x18\x04 \x01(\x01H\x00\x12\x13\n\tgap_aware\x18\x05 \x01(\x01H\x00\x42\x06\n\x04kind\"\x14\n\x12\x44ivideLearningRate\"2\n\x05\x41sync\x12)\n\tstaleness\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Staleness\"\xbd\x02\n\x04Sync\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06quorum\x18\x03 \x01(\r\x12(\n\x05grace\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x04late\x18\x05 \x01(\x0e\x32\x11.optserve.v1.Late\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12)\n\tstaleness\x18\x07 \x01(\x0b\x32\x16.optserve.v1.Staleness\x12-\n\x0b\x61ggregation\x18\x08 \x01(\x0b\x32\x18.optserve.v1.Aggregation\x12+\n\nquarantine\x18\t \x01(\x0b\x32\x17.optserve.v1.Quarantine\"w\n\x0b\x41ggregation\x12%\n\x06median\x18\x01 \x01(\x0b\x32\x13.optserve.v1.MedianH\x00\x12\x16\n\x0ctrimmed_mean\x18\x02 \x01(\rH\x00\x12!\n\x04krum\x18\x03 \x01(\x0b\x32\x11.optserve.v1.KrumH\x00\x42\x06\n\x04kind\"\x08\n\x06Median\"+\n\x04Krum\x12\x11\n\tbyzantine\x18\x01 \x01(\r\x12\x10\n\x08selected\x18\x02 \x01(\r\">\n\nQuarantine\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x01\x12\x0f\n\x07strikes\x18\x02 \x01(\r\x12\x0f\n\x07updates\x18\x03 \x01(\x04\"y\n\x10\x42oundedStaleness\x12\r\n\x05\x62ound\x18\x01 \x01(\x04\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\tstaleness\x18\x03 \x01(\x0b\x32\x16.optserve.v1.Staleness\"e\n\x08\x42uffered\x12\x10\n\x06pushes\x18\x01 \x01(\rH\x00\x12\x11\n\x07samples\x18\x02 \x01(\x01H\x00\x12)\n\tstaleness\x18\x03 \x01(\x0b\x32\x16.optserve.v1.StalenessB\t\n\x07trigger\"\xbf\x01\n\x06Policy\x12#\n\x05\x61sync\x18\x01 \x01(\x0b\x32\x12.optserve.v1.AsyncH\x00\x12!\n\x04sync\x18\x02 \x01(\x0b\x32\x11.optserve.v1.SyncH\x00\x12:\n\x11\x62ounded_staleness\x18\x03 \x01(\x0b\x32\x1d.optserve.v1.BoundedStalenessH\x00\x12)\n\x08\x62uffered\x18\x04 \x01(\x0b\x32\x15.optserve.v1.BufferedH\x00\x42\x06\n\x04kind*>\n\x04Late\x12\x14\n\x10LATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cLATE_DISCARD\x10\x01\x12\x0e\n\nLATE_CARRY\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASYNC']._serialized_start=73
-  _globals['_ASYNC']._serialized_end=80
-  _globals['_SYNC']._serialized_start=82
-  _globals['_SYNC']._serialized_end=150
-  _globals['_POLICY']._serialized_start=152
-  _globals['_POLICY']._serialized_end=240
+  _globals['_LATE']._serialized_start=1312
+  _globals['_LATE']._serialized_end=1374
+  _globals['_STALENESS']._serialized_start=74
+  _globals['_STALENESS']._serialized_end=256
+  _globals['_DIVIDELEARNINGRATE']._serialized_start=258
+  _globals['_DIVIDELEARNINGRATE']._serialized_end=278
+  _globals['_ASYNC']._serialized_start=280
+  _globals['_ASYNC']._serialized_end=330
+  _globals['_SYNC']._serialized_start=333
+  _globals['_SYNC']._serialized_end=650
+  _globals['_AGGREGATION']._serialized_start=652
+  _globals['_AGGREGATION']._serialized_end=771
+  _globals['_MEDIAN']._serialized_start=773
+  _globals['_MEDIAN']._serialized_end=781
+  _globals['_KRUM']._serialized_start=783
+  _globals['_KRUM']._serialized_end=826
+  _globals['_QUARANTINE']._serialized_start=828
+  _globals['_QUARANTINE']._serialized_end=890
+  _globals['_BOUNDEDSTALENESS']._serialized_start=892
+  _globals['_BOUNDEDSTALENESS']._serialized_end=1013
+  _globals['_BUFFERED']._serialized_start=1015
+  _globals['_BUFFERED']._serialized_end=1116
+  _globals['_POLICY']._serialized_start=1119
+  _globals['_POLICY']._serialized_end=1310
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/state.proto\x12\x0boptserve.v1\"\xcf\x01\n\x05State\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x03(\x04\x12)\n\x06memory\x18\x03 \x03(\x0b\x32\x19.optserve.v1.TensorMemory\x12.\n\x0cgroup_memory\x18\x04 \x03(\x0b\x32\x18.optserve.v1.GroupMemory\x12%\n\x05parts\x18\x05 \x03(\x0b\x32\x16.optserve.v1.StatePart\x12\x13\n\x0b\x61\x63\x63umulated\x18\x06 \x01(\x04\x12\x0f\n\x07skipped\x18\x07 \x01(\x04\"=\n\x0cTensorMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x01\"\x81\x01\n\x0bGroupMemory\x12\r\n\x05group\x18\x01 \x01(\t\x12\x34\n\x06values\x18\x02 \x03(\x0b\x32$.optserve.v1.GroupMemory.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"S\n\tStatePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\r\x12\'\n\x06shapes\x18\x03 \x03(\x0b\x32\x17.optserve.v1.StateShape\"\x1b\n\nStateShape\x12\r\n\x05sizes\x18\x01 \x03(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/state.proto\x12\x0boptserve.v1\"\xf1\x01\n\x05State\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x03(\x04\x12)\n\x06memory\x18\x03 \x03(\x0b\x32\x19.optserve.v1.TensorMemory\x12.\n\x0cgroup_memory\x18\x04 \x03(\x0b\x32\x18.optserve.v1.GroupMemory\x12%\n\x05parts\x18\x05 \x03(\x0b\x32\x16.optserve.v1.StatePart\x12\x13\n\x0b\x61\x63\x63umulated\x18\x06 \x01(\x04\x12\x0f\n\x07skipped\x18\x07 \x01(\x04\x12\x0f\n\x07samples\x18\x08 \x01(\x01\x12\x0f\n\x07\x64ivisor\x18\t \x01(\x01\"=\n\x0cTensorMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x01\"\x81\x01\n\x0bGroupMemory\x12\r\n\x05group\x18\x01 \x01(\t\x12\x34\n\x06values\x18\x02 \x03(\x0b\x32$.optserve.v1.GroupMemory.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"S\n\tStatePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\r\x12\'\n\x06shapes\x18\x03 \x03(\x0b\x32\x17.optserve.v1.StateShape\"\x1b\n\nStateShape\x12\r\n\x05sizes\x18\x01 \x03(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,15 +34,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUPMEMORY_VALUESENTRY']._loaded_options = None
   _globals['_GROUPMEMORY_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_STATE']._serialized_start=41
-  _globals['_STATE']._serialized_end=248
-  _globals['_TENSORMEMORY']._serialized_start=250
-  _globals['_TENSORMEMORY']._serialized_end=311
-  _globals['_GROUPMEMORY']._serialized_start=314
-  _globals['_GROUPMEMORY']._serialized_end=443
-  _globals['_GROUPMEMORY_VALUESENTRY']._serialized_start=398
-  _globals['_GROUPMEMORY_VALUESENTRY']._serialized_end=443
-  _globals['_STATEPART']._serialized_start=445
-  _globals['_STATEPART']._serialized_end=528
-  _globals['_STATESHAPE']._serialized_start=530
-  _globals['_STATESHAPE']._serialized_end=557
+  _globals['_STATE']._serialized_end=282
+  _globals['_TENSORMEMORY']._serialized_start=284
+  _globals['_TENSORMEMORY']._serialized_end=345
+  _globals['_GROUPMEMORY']._serialized_start=348
+  _globals['_GROUPMEMORY']._serialized_end=477
+  _globals['_GROUPMEMORY_VALUESENTRY']._serialized_start=432
+  _globals['_GROUPMEMORY_VALUESENTRY']._serialized_end=477
+  _globals['_STATEPART']._serialized_start=479
+  _globals['_STATEPART']._serialized_end=562
+  _globals['_STATESHAPE']._serialized_start=564
+  _globals['_STATESHAPE']._serialized_end=591
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class State(_message.Message):
-    __slots__ = ("version", "steps", "memory", "group_memory", "parts", "accumulated", "skipped")
+    __slots__ = ("version", "steps", "memory", "group_memory", "parts", "accumulated", "skipped", "samples", "divisor")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,8 @@ class State(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DIVISOR_FIELD_NUMBER: _ClassVar[int]
     version: int
     steps: _containers.RepeatedScalarFieldContainer[int]
     memory: _containers.RepeatedCompositeFieldContainer[TensorMemory]
@@ -22,7 +24,9 @@ class State(_message.Message):
     parts: _containers.RepeatedCompositeFieldContainer[StatePart]
     accumulated: int
     skipped: int
-    def __init__(self, version: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ..., memory: _Optional[_Iterable[_Union[TensorMemory, _Mapping]]] = ..., group_memory: _Optional[_Iterable[_Union[GroupMemory, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[StatePart, _Mapping]]] = ..., accumulated: _Optional[int] = ..., skipped: _Optional[int] = ...) -> None: ...
+    samples: float
+    divisor: float
+    def __init__(self, version: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ..., memory: _Optional[_Iterable[_Union[TensorMemory, _Mapping]]] = ..., group_memory: _Optional[_Iterable[_Union[GroupMemory, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[StatePart, _Mapping]]] = ..., accumulated: _Optional[int] = ..., skipped: _Optional[int] = ..., samples: _Optional[float] = ..., divisor: _Optional[float] = ...) -> None: ...
 
 class TensorMemory(_message.Message):
     __slots__ = ("name", "tensors", "values")

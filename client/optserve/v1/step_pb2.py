@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import parameter_set_pb2 as optserve_dot_v1_dot_parameter__set__pb2
 from optserve.v1 import tensor_pb2 as optserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optserve/v1/step.proto\x12\x0boptserve.v1\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x18optserve/v1/tensor.proto\"\xb4\x01\n\x0bStepRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.optserve.v1.Open\x12\x1f\n\x04push\x18\x02 \x01(\x0b\x32\x11.optserve.v1.Push\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x1f\n\x04pull\x18\x05 \x01(\x0b\x32\x11.optserve.v1.Pull\x12\x0f\n\x07release\x18\x06 \x01(\x08\"\xb7\x01\n\x0cStepResponse\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Opened\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.optserve.v1.Receipt\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.optserve.v1.Parameters\x12!\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\x0b\n\x03\x65nd\x18\x05 \x01(\x08\"Y\n\x04Open\x12\x18\n\x10parameter_set_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rshared_memory\x18\x04 \x01(\x08\"|\n\x0cSharedMemory\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x18\n\x10gradient_segment\x18\x03 \x01(\x04\x12\x18\n\x10gradient_offsets\x18\x04 \x03(\x04\x12\x19\n\x11parameter_offsets\x18\x05 \x03(\x04\"\x8a\x02\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12*\n\x0clast_receipt\x18\x03 \x01(\x0b\x32\x14.optserve.v1.Receipt\x12\'\n\x08position\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\x12(\n\x07tensors\x18\x05 \x03(\x0b\x32\x17.optserve.v1.TensorSpec\x12\x30\n\rshared_memory\x18\x06 \x01(\x0b\x32\x19.optserve.v1.SharedMemory\x12\x18\n\x10\x64urable_sequence\x18\x07 \x01(\x04\x12\x0f\n\x07rewinds\x18\x08 \x01(\x04\"\xad\x01\n\x0cPushedTensor\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.optserve.v1.TensorSpec\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.optserve.v1.Role\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.optserve.v1.Encoding\x12\x10\n\x08\x66raction\x18\x04 \x01(\x01\x12\x11\n\x04rows\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x42\x07\n\x05_rows\"\xb9\x01\n\x04Push\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12*\n\x07tensors\x18\x03 \x03(\x0b\x32\x19.optserve.v1.PushedTensor\x12:\n\x0fhyperparameters\x18\x04 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\x12\x12\n\nloss_scale\x18\x05 \x01(\x01\"8\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xa0\x03\n\x07Receipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12%\n\x07outcome\x18\x03 \x01(\x0e\x32\x14.optserve.v1.Outcome\x12\x11\n\tduplicate\x18\x04 \x01(\x08\x12\x16\n\tstaleness\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgradient_norm\x18\x06 \x01(\x01\x12?\n\x0elearning_rates\x18\x07 \x03(\x0b\x32\'.optserve.v1.Receipt.LearningRatesEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.optserve.v1.Durability\x12%\n\x07refusal\x18\t \x01(\x0b\x32\x14.optserve.v1.Refusal\x12\x18\n\x10\x64urable_sequence\x18\n \x01(\x04\x1a\x34\n\x12LearningRatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_staleness\"$\n\x04Rows\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\"\xb4\x01\n\x04Pull\x12)\n\nnewer_than\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.optserve.v1.DType\x12\x18\n\x10in_shared_memory\x18\x04 \x01(\x08\x12\x12\n\nevaluation\x18\x05 \x01(\x08\x12\x1f\n\x04rows\x18\x06 \x03(\x0b\x32\x11.optserve.v1.Rows\"\x92\x01\n\nParameters\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12\x0f\n\x07tensors\x18\x03 \x03(\r\x12\x0f\n\x07segment\x18\x04 \x01(\x04\x12&\n\x06tables\x18\x05 \x03(\x0b\x32\x16.optserve.v1.TableRows\"*\n\tTableRows\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x04*C\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n\rROLE_GRADIENT\x10\x01\x12\x12\n\x0eROLE_PARAMETER\x10\x02*z\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x17\n\x13OUTCOME_ACCUMULATED\x10\x02\x12\x13\n\x0fOUTCOME_SKIPPED\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optserve/v1/step.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1foptserve/v1/parameter_set.proto\x1a\x18optserve/v1/tensor.proto\"\xf8\x01\n\x0bStepRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.optserve.v1.Open\x12\x1f\n\x04push\x18\x02 \x01(\x0b\x32\x11.optserve.v1.Push\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x1f\n\x04pull\x18\x05 \x01(\x0b\x32\x11.optserve.v1.Pull\x12\x0f\n\x07release\x18\x06 \x01(\x08\x12\x14\n\x07\x62\x61rrier\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05leave\x18\x08 \x01(\x08\x12\x11\n\theartbeat\x18\t \x01(\x08\x42\n\n\x08_barrier\"\xe9\x01\n\x0cStepResponse\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Opened\x12%\n\x07receipt\x18\x02 \x01(\x0b\x32\x14.optserve.v1.Receipt\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.optserve.v1.Parameters\x12!\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\x0b\n\x03\x65nd\x18\x05 \x01(\x08\x12\x15\n\x08\x62\x61rriers\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04left\x18\x07 \x01(\x08\x42\x0b\n\t_barriers\"g\n\x04Open\x12\x18\n\x10parameter_set_id\x18\x01 \x01(\t\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rshared_memory\x18\x04 \x01(\x08\x12\x0c\n\x04join\x18\x05 \x01(\x08\"|\n\x0cSharedMemory\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x18\n\x10gradient_segment\x18\x03 \x01(\x04\x12\x18\n\x10gradient_offsets\x18\x04 \x03(\x04\x12\x19\n\x11parameter_offsets\x18\x05 \x03(\x04\"\xc6\x02\n\x06Opened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12*\n\x0clast_receipt\x18\x03 \x01(\x0b\x32\x14.optserve.v1.Receipt\x12\'\n\x08position\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\x12(\n\x07tensors\x18\x05 \x03(\x0b\x32\x17.optserve.v1.TensorSpec\x12\x30\n\rshared_memory\x18\x06 \x01(\x0b\x32\x19.optserve.v1.SharedMemory\x12\x18\n\x10\x64urable_sequence\x18\x07 \x01(\x04\x12\x0f\n\x07rewinds\x18\x08 \x01(\x04\x12(\n\x05lease\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x62\x61rriers\x18\n \x01(\x04\"\xad\x01\n\x0cPushedTensor\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.optserve.v1.TensorSpec\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.optserve.v1.Role\x12\'\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x15.optserve.v1.Encoding\x12\x10\n\x08\x66raction\x18\x04 \x01(\x01\x12\x11\n\x04rows\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x42\x07\n\x05_rows\"\xca\x01\n\x04Push\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12*\n\x07tensors\x18\x03 \x03(\x0b\x32\x19.optserve.v1.PushedTensor\x12:\n\x0fhyperparameters\x18\x04 \x03(\x0b\x32!.optserve.v1.GroupHyperparameters\x12\x12\n\nloss_scale\x18\x05 \x01(\x01\x12\x0f\n\x07samples\x18\x06 \x01(\x01\"8\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xa0\x03\n\x07Receipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12%\n\x07outcome\x18\x03 \x01(\x0e\x32\x14.optserve.v1.Outcome\x12\x11\n\tduplicate\x18\x04 \x01(\x08\x12\x16\n\tstaleness\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rgradient_norm\x18\x06 \x01(\x01\x12?\n\x0elearning_rates\x18\x07 \x03(\x0b\x32\'.optserve.v1.Receipt.LearningRatesEntry\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.optserve.v1.Durability\x12%\n\x07refusal\x18\t \x01(\x0b\x32\x14.optserve.v1.Refusal\x12\x18\n\x10\x64urable_sequence\x18\n \x01(\x04\x1a\x34\n\x12LearningRatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_staleness\"$\n\x04Rows\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\"\xb4\x01\n\x04Pull\x12)\n\nnewer_than\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.optserve.v1.DType\x12\x18\n\x10in_shared_memory\x18\x04 \x01(\x08\x12\x12\n\nevaluation\x18\x05 \x01(\x08\x12\x1f\n\x04rows\x18\x06 \x03(\x0b\x32\x11.optserve.v1.Rows\"\x92\x01\n\nParameters\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12\x0f\n\x07tensors\x18\x03 \x03(\r\x12\x0f\n\x07segment\x18\x04 \x01(\x04\x12&\n\x06tables\x18\x05 \x03(\x0b\x32\x16.optserve.v1.TableRows\"*\n\tTableRows\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\x04*C\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n\rROLE_GRADIENT\x10\x01\x12\x12\n\x0eROLE_PARAMETER\x10\x02*\x91\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x17\n\x13OUTCOME_ACCUMULATED\x10\x02\x12\x13\n\x0fOUTCOME_SKIPPED\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x12\x15\n\x11OUTCOME_DISCARDED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +37,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RECEIPT_LEARNINGRATESENTRY']._loaded_options = None
   _globals['_RECEIPT_LEARNINGRATESENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=2237
-  _globals['_ROLE']._serialized_end=2304
-  _globals['_OUTCOME']._serialized_start=2306
-  _globals['_OUTCOME']._serialized_end=2428
-  _globals['_STEPREQUEST']._serialized_start=128
-  _globals['_STEPREQUEST']._serialized_end=308
-  _globals['_STEPRESPONSE']._serialized_start=311
-  _globals['_STEPRESPONSE']._serialized_end=494
-  _globals['_OPEN']._serialized_start=496
-  _globals['_OPEN']._serialized_end=585
-  _globals['_SHAREDMEMORY']._serialized_start=587
-  _globals['_SHAREDMEMORY']._serialized_end=711
-  _globals['_OPENED']._serialized_start=714
-  _globals['_OPENED']._serialized_end=980
-  _globals['_PUSHEDTENSOR']._serialized_start=983
-  _globals['_PUSHEDTENSOR']._serialized_end=1156
-  _globals['_PUSH']._serialized_start=1159
-  _globals['_PUSH']._serialized_end=1344
-  _globals['_REFUSAL']._serialized_start=1346
-  _globals['_REFUSAL']._serialized_end=1402
-  _globals['_RECEIPT']._serialized_start=1405
-  _globals['_RECEIPT']._serialized_end=1821
-  _globals['_RECEIPT_LEARNINGRATESENTRY']._serialized_start=1755
-  _globals['_RECEIPT_LEARNINGRATESENTRY']._serialized_end=1807
-  _globals['_ROWS']._serialized_start=1823
-  _globals['_ROWS']._serialized_end=1859
-  _globals['_PULL']._serialized_start=1862
-  _globals['_PULL']._serialized_end=2042
-  _globals['_PARAMETERS']._serialized_start=2045
-  _globals['_PARAMETERS']._serialized_end=2191
-  _globals['_TABLEROWS']._serialized_start=2193
-  _globals['_TABLEROWS']._serialized_end=2235
+  _globals['_ROLE']._serialized_start=2478
+  _globals['_ROLE']._serialized_end=2545
+  _globals['_OUTCOME']._serialized_start=2548
+  _globals['_OUTCOME']._serialized_end=2693
+  _globals['_STEPREQUEST']._serialized_start=160
+  _globals['_STEPREQUEST']._serialized_end=408
+  _globals['_STEPRESPONSE']._serialized_start=411
+  _globals['_STEPRESPONSE']._serialized_end=644
+  _globals['_OPEN']._serialized_start=646
+  _globals['_OPEN']._serialized_end=749
+  _globals['_SHAREDMEMORY']._serialized_start=751
+  _globals['_SHAREDMEMORY']._serialized_end=875
+  _globals['_OPENED']._serialized_start=878
+  _globals['_OPENED']._serialized_end=1204
+  _globals['_PUSHEDTENSOR']._serialized_start=1207
+  _globals['_PUSHEDTENSOR']._serialized_end=1380
+  _globals['_PUSH']._serialized_start=1383
+  _globals['_PUSH']._serialized_end=1585
+  _globals['_REFUSAL']._serialized_start=1587
+  _globals['_REFUSAL']._serialized_end=1643
+  _globals['_RECEIPT']._serialized_start=1646
+  _globals['_RECEIPT']._serialized_end=2062
+  _globals['_RECEIPT_LEARNINGRATESENTRY']._serialized_start=1996
+  _globals['_RECEIPT_LEARNINGRATESENTRY']._serialized_end=2048
+  _globals['_ROWS']._serialized_start=2064
+  _globals['_ROWS']._serialized_end=2100
+  _globals['_PULL']._serialized_start=2103
+  _globals['_PULL']._serialized_end=2283
+  _globals['_PARAMETERS']._serialized_start=2286
+  _globals['_PARAMETERS']._serialized_end=2432
+  _globals['_TABLEROWS']._serialized_start=2434
+  _globals['_TABLEROWS']._serialized_end=2476
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,6 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import parameter_set_pb2 as _parameter_set_pb2
 from optserve.v1 import tensor_pb2 as _tensor_pb2
@@ -23,6 +26,7 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_ACCUMULATED: _ClassVar[Outcome]
     OUTCOME_SKIPPED: _ClassVar[Outcome]
     OUTCOME_REFUSED: _ClassVar[Outcome]
+    OUTCOME_DISCARDED: _ClassVar[Outcome]
 ROLE_UNSPECIFIED: Role
 ROLE_GRADIENT: Role
 ROLE_PARAMETER: Role
@@ -31,48 +35,61 @@ OUTCOME_APPLIED: Outcome
 OUTCOME_ACCUMULATED: Outcome
 OUTCOME_SKIPPED: Outcome
 OUTCOME_REFUSED: Outcome
+OUTCOME_DISCARDED: Outcome
 
 class StepRequest(_message.Message):
-    __slots__ = ("open", "push", "chunk", "commit", "pull", "release")
+    __slots__ = ("open", "push", "chunk", "commit", "pull", "release", "barrier", "leave", "heartbeat")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     open: Open
     push: Push
     chunk: _tensor_pb2.Chunk
     commit: bool
     pull: Pull
     release: bool
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., release: bool = ...) -> None: ...
+    barrier: int
+    leave: bool
+    heartbeat: bool
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., release: bool = ..., barrier: _Optional[int] = ..., leave: bool = ..., heartbeat: bool = ...) -> None: ...
 
 class StepResponse(_message.Message):
-    __slots__ = ("opened", "receipt", "parameters", "chunk", "end")
+    __slots__ = ("opened", "receipt", "parameters", "chunk", "end", "barriers", "left")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    BARRIERS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     receipt: Receipt
     parameters: Parameters
     chunk: _tensor_pb2.Chunk
     end: bool
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., end: bool = ...) -> None: ...
+    barriers: int
+    left: bool
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., end: bool = ..., barriers: _Optional[int] = ..., left: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("parameter_set_id", "client_id", "epoch", "shared_memory")
+    __slots__ = ("parameter_set_id", "client_id", "epoch", "shared_memory", "join")
     PARAMETER_SET_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    JOIN_FIELD_NUMBER: _ClassVar[int]
     parameter_set_id: str
     client_id: str
     epoch: int
     shared_memory: bool
-    def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ..., shared_memory: bool = ...) -> None: ...
+    join: bool
+    def __init__(self, parameter_set_id: _Optional[str] = ..., client_id: _Optional[str] = ..., epoch: _Optional[int] = ..., shared_memory: bool = ..., join: bool = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("socket", "token", "gradient_segment", "gradient_offsets", "parameter_offsets")
@@ -89,7 +106,7 @@ class SharedMemory(_message.Message):
     def __init__(self, socket: _Optional[str] = ..., token: _Optional[bytes] = ..., gradient_segment: _Optional[int] = ..., gradient_offsets: _Optional[_Iterable[int]] = ..., parameter_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors", "shared_memory", "durable_sequence", "rewinds")
+    __slots__ = ("epoch", "last_sequence", "last_receipt", "position", "tensors", "shared_memory", "durable_sequence", "rewinds", "lease", "barriers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAST_RECEIPT_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +115,8 @@ class Opened(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     DURABLE_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REWINDS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BARRIERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     last_sequence: int
     last_receipt: Receipt
@@ -106,7 +125,9 @@ class Opened(_message.Message):
     shared_memory: SharedMemory
     durable_sequence: int
     rewinds: int
-    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., durable_sequence: _Optional[int] = ..., rewinds: _Optional[int] = ...) -> None: ...
+    lease: _duration_pb2.Duration
+    barriers: int
+    def __init__(self, epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., last_receipt: _Optional[_Union[Receipt, _Mapping]] = ..., position: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorSpec, _Mapping]]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., durable_sequence: _Optional[int] = ..., rewinds: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., barriers: _Optional[int] = ...) -> None: ...
 
 class PushedTensor(_message.Message):
     __slots__ = ("spec", "role", "encoding", "fraction", "rows")
@@ -123,18 +144,20 @@ class PushedTensor(_message.Message):
     def __init__(self, spec: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., role: _Optional[_Union[Role, str]] = ..., encoding: _Optional[_Union[_tensor_pb2.Encoding, str]] = ..., fraction: _Optional[float] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("sequence", "base", "tensors", "hyperparameters", "loss_scale")
+    __slots__ = ("sequence", "base", "tensors", "hyperparameters", "loss_scale", "samples")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     base: _parameter_set_pb2.Position
     tensors: _containers.RepeatedCompositeFieldContainer[PushedTensor]
     hyperparameters: _containers.RepeatedCompositeFieldContainer[_optimizer_pb2.GroupHyperparameters]
     loss_scale: float
-    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[PushedTensor, _Mapping]]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ...) -> None: ...
+    samples: float
+    def __init__(self, sequence: _Optional[int] = ..., base: _Optional[_Union[_parameter_set_pb2.Position, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[PushedTensor, _Mapping]]] = ..., hyperparameters: _Optional[_Iterable[_Union[_optimizer_pb2.GroupHyperparameters, _Mapping]]] = ..., loss_scale: _Optional[float] = ..., samples: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason", "message")

@@ -59,6 +59,9 @@ def serve(
     upload_timeout: Annotated[
         float, typer.Option(help="Seconds after which an upload that makes no progress is ended.")
     ] = DEFAULT.upload_timeout,
+    lease: Annotated[float, typer.Option(help="Seconds of silence after which others wait for a worker no more.")] = (
+        DEFAULT.lease
+    ),
     grace: Annotated[float, typer.Option(help="Seconds that pushes in flight get on shutdown.")] = DEFAULT.grace,
     follow: Annotated[
         str | None, typer.Option(envvar="OPTSERVE_FOLLOW", help="Be a standby of the server at this address.")
@@ -96,6 +99,7 @@ def serve(
                 max_shared_memory=max_shared_memory,
                 upload_timeout=upload_timeout,
                 grace=grace,
+                lease=lease,
                 follow=follow,
                 promote_after=promote_after,
                 wait_for_standby=wait_for_standby,

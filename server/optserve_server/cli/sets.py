@@ -7,10 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from optserve import optim
+from optserve import Async, BoundedStaleness, Buffered, InvalidPolicy, Policy, Sync, optim
 from optserve_server.cli.app import DEFAULT, PATIENT, Address, Rules, SetId, Timeout, app, connected, load, show
 
 CHANGES_SHOWN = 10
+POLICIES: dict[str, type[Policy]] = {
+    "async": Async,
+    "sync": Sync,
+    "bounded-staleness": BoundedStaleness,
+    "buffered": Buffered,
+}
 
 
 @app.command("list")
@@ -42,7 +48,8 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
         description = weights.describe()
     console = Console()
     console.print(f"{description.id} holds {description.spec.holds.value}, version {description.version}")
-    console.print(f"policy: {description.spec.policy}, state: {description.spec.state.value}", highlight=False)
+    console.print(f"policy: {description.policy}, state: {description.spec.state.value}", highlight=False)
+    console.print(f"workers push {description.spec.pushes.value}", highlight=False)
     tensors = Table("tensor", "dtype", "shape", "group")
     groups = {tensor: group.name for group in description.groups for tensor in group.tensors}
     for tensor in description.spec.tensors:
@@ -52,11 +59,54 @@ def describe(id: SetId, rules: Rules = None, address: Address = DEFAULT.listen, 
         console.print(f"{group.name}: {group.optimizer.rule}({_assignments(group.optimizer.hyperparameters)})")
         for name, schedule in group.schedules.items():
             console.print(f"{group.name}: {name} follows {schedule}")
+    if description.staleness:
+        staleness = Table("staleness from", "pushes")
+        for least, count in description.staleness.items():
+            staleness.add_row(f"{least:,}", f"{count:,}")
+        show(staleness)
     if description.changes:
         changes = Table("changed after version", "group", "to", title=f"the last of {len(description.changes)} changes")
         for change in description.changes[-CHANGES_SHOWN:]:
             changes.add_row(f"{change.version:,}", change.group, _assignments(change.values))
         show(changes)
+
+
+@app.command()
+def workers(id: SetId, address: Address = DEFAULT.listen, timeout: Timeout = 10.0) -> None:
+    """List the members of a parameter set."""
+    table = Table(Column("worker", overflow="fold"), "member since", "silent for", "pushes", "staleness", "state")
+    with connected(address, timeout) as client, client.parameter_set(id) as weights:
+        for each in weights.workers():
+            table.add_row(
+                each.client_id,
+                f"{each.join_time:%Y-%m-%d %H:%M:%S} UTC",
+                f"{each.idle:.1f} s",
+                f"{each.pushes:,}",
+                "" if each.staleness is None else f"{each.staleness:,}",
+                "quarantined" if each.quarantined else "waiting" if each.waiting else "working",
+            )
+    show(table)
+
+
+@app.command()
+def policy(
+    id: SetId,
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(POLICIES)}.", show_default=False)],
+    values: Annotated[list[str] | None, typer.Argument(help="Its values, such as workers=8 quorum=6.")] = None,
+    address: Address = DEFAULT.listen,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Change when pushes become an update, while the parameter set is in use."""
+    if kind not in POLICIES:
+        raise typer.BadParameter(f"expected {', '.join(POLICIES)}; got {kind!r}")
+    arguments = {name: _whole(value) for name, value in map(_assignment, values or ())}
+    try:
+        chosen = POLICIES[kind](**arguments)
+    except (TypeError, InvalidPolicy) as error:
+        raise typer.BadParameter(f"expected values of {POLICIES[kind].__name__}; {error}") from None
+    with connected(address, timeout) as client, client.parameter_set(id) as weights:
+        description = weights.update(policy=chosen)
+    print(f"{id}: {description.policy} after version {description.version}")
 
 
 @app.command("set")
@@ -124,6 +174,11 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not (name and equals):
         raise typer.BadParameter(f"expected name=value; got {text!r}")
     return name, _value(value)
+
+
+def _whole(value: Any) -> Any:
+    """A number without a fraction as an int."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _value(text: str) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from optserve._dtypes import DType
-from optserve._errors import OptserveError
+from optserve._errors import OptserveError, Refusal
 from optserve._results import Receipt
 from optserve_server.engine.push import Push
 from optserve_server.engine.sessions import Session
@@ -15,7 +15,8 @@ class Commit:
     """A finished push that waits to be applied, and in the end what became of it.
 
     `held` is what its worker has read until now; with `pull`, it gets a snapshot, in elements no wider than `dtype`. `event` is
-    the one of the set's history that has its receipt.
+    the one of the set's history that has its receipt. What it does as part of an update depends on its `staleness`; if it is
+    `discarded`, nothing.
     """
 
     session: Session
@@ -24,6 +25,8 @@ class Commit:
     pull: bool
     held: Snapshot | None
     dtype: DType | None = None
+    staleness: int | None = None
+    discarded: Refusal | None = None
     receipt: Receipt | None = None
     event: int = 0
     snapshot: Snapshot | None = None

@@ -2,19 +2,22 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from optserve._errors import InvalidArgument, InvalidState, Refusal
-from optserve._results import Outcome, Position, Receipt
+from optserve._results import Outcome, Receipt
 from optserve._specification import ParameterSetSpec
 from optserve._transforms import SkipNonFinite
+from optserve_server.engine.arena import Arena
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.decision import Decision
 from optserve_server.engine.draft import Draft
-from optserve_server.engine.groups import at, change, check_pushed
+from optserve_server.engine.folding import Folded
+from optserve_server.engine.groups import TensorGroup, at, change, check_pushed, slowed
 from optserve_server.engine.history import Event
 from optserve_server.engine.mean import Gathered
-from optserve_server.engine.pipeline import Pipeline
+from optserve_server.engine.pipeline import Pipeline, Progress, Pushed
 from optserve_server.engine.push import Push
 from optserve_server.engine.rounds import merged_changes
 from optserve_server.engine.work import Update
@@ -27,51 +30,66 @@ class Decider:
         self._spec = spec
         self._pipeline = pipeline
 
-    def decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
+    def decide(self, commits: Sequence[Commit], draft: Draft, number: int, folded: Folded | None = None) -> Decision:
         """What becomes of commits that belong together, after those in the draft, which goes on with them if they are
-        applied."""
-        pushes = [commit.push for commit in commits]
-        stalenesses = [_staleness(push.base, draft.position) for push in pushes]
+        applied. What was `folded` of a round is in the mean's memory already."""
         before = len(draft.updates)
-        outcome, refusal = self._advance(draft, pushes)
+        outcome, refusal = self._advance(draft, commits, folded)
+        if outcome is not Outcome.REFUSED:
+            for commit in commits:
+                draft.count(commit.staleness)
         receipts = [
             Receipt(
-                sequence=push.sequence,
+                sequence=commit.push.sequence,
                 position=draft.position,
                 outcome=outcome,
-                staleness=staleness,
-                gradient_norm=push.gradient_norm,
+                staleness=commit.staleness,
+                gradient_norm=commit.push.gradient_norm,
                 learning_rates=draft.learning_rates if outcome is Outcome.APPLIED else {},
                 refusal=refusal,
             )
-            for push, staleness in zip(pushes, stalenesses, strict=True)
+            for commit in commits
         ]
         update = draft.updates[before] if len(draft.updates) > before else None
         return Decision(number, draft.position.version, commits, receipts, update)
 
-    def _advance(self, draft: Draft, pushes: Sequence[Push]) -> tuple[Outcome, Refusal | None]:
+    def _advance(
+        self, draft: Draft, commits: Sequence[Commit], folded: Folded | None
+    ) -> tuple[Outcome, Refusal | None]:
         """Let the draft go on with pushes that belong together, unless there is something wrong with that."""
-        for push in pushes:
-            if push.refusal is not None:
-                return self._pass_over(draft, push), push.refusal
+        for commit in commits:
+            if commit.push.refusal is not None:
+                return self._pass_over(draft, commit.push), commit.push.refusal
+            if commit.discarded is not None:
+                return Outcome.DISCARDED, commit.discarded
+        pushes = [commit.push for commit in commits]
         try:
             changes = merged_changes(pushes)
             check_pushed(draft.groups, changes)
-            plan = functools.partial(self._pipeline.plan, pushes=pushes)
-            return self._plan(draft, changes, tuple(pushes[0].gradients), plan), None
+            parts = [Pushed(commit.push, commit.staleness, self.base(commit)) for commit in commits]
+            plan = functools.partial(self._pipeline.plan, pushes=parts, folded=folded)
+            stalenesses = [commit.staleness for commit in commits]
+            return self._plan(draft, changes, self._pipeline.added(pushes[0]), stalenesses, plan), None
         except InvalidArgument as error:
             return Outcome.REFUSED, Refusal.of(error)
+
+    def base(self, commit: Commit) -> Arena | None:
+        """The parameters that a push was computed at, if they are looked at, and are not those of now."""
+        if not commit.staleness or not self._pipeline.keeps_bases or commit.push.base is None:
+            return None
+        return self._pipeline.bases.at(commit.push.base.version)
 
     def _plan(
         self,
         draft: Draft,
         changes: Mapping[str, Mapping[str, Any]],
         tensors: tuple[int, ...],
+        stalenesses: Sequence[int | None],
         plan: Callable[..., Update],
     ) -> Outcome:
         """Let the draft go on with an update of some tensors, after changes; raises InvalidArgument kinds."""
         groups = change(draft.groups, changes)
-        evaluated = at(groups, draft.position.version)
+        evaluated = slowed(at(groups, draft.position.version), self._pipeline.learning_rate_divisor(stalenesses))
         planned = plan(evaluated, draft.progress, updated=draft.updated)
         if planned.memories:
             draft.advance(groups, evaluated, planned)
@@ -91,26 +109,42 @@ class Decider:
 
     def repeat(self, event: Event, draft: Draft, brought: Push | Gathered | None) -> None:
         """Let the draft go on as it did when an event happened, with what that brought; raises InvalidState if it can't."""
-        outcome = Outcome.REFUSED
-        if isinstance(brought, Push):
-            outcome, _ = self._advance(draft, [brought])
-        elif brought is not None:
-            plan = functools.partial(self._pipeline.plan_gathered, gathered=brought)
-            outcome = self._plan(draft, event.changes, tuple(brought.gradients), plan)
+        first = event.pushes[0].receipt if event.pushes else None
+        expected = first.outcome if first is not None else Outcome.REFUSED
+        outcome: Outcome = expected if expected is Outcome.DISCARDED else Outcome.REFUSED
+        stalenesses = [each.receipt.staleness for each in event.pushes]
+        if brought is not None:
+            outcome = self._repeat(event, draft, brought, stalenesses)
         elif not event.pushes:
             draft.change(change(draft.groups, event.changes))
-        elif event.pushes[0].receipt.outcome is Outcome.SKIPPED:
+        elif expected is Outcome.SKIPPED:
             outcome = Outcome.SKIPPED
             draft.progress.skipped += 1
-        expected = event.pushes[0].receipt.outcome if event.pushes else Outcome.REFUSED
+        if outcome is not Outcome.REFUSED:
+            for staleness in stalenesses:
+                draft.count(staleness)
         if (outcome, draft.position.version) != (expected, event.version):
             raise InvalidState(
                 f"expected event {event.number} to be {expected.name} and lead to version {event.version}; it was "
                 f"{outcome.name}, and led to {draft.position.version}"
             )
 
+    def _repeat(
+        self, event: Event, draft: Draft, brought: Push | Gathered, stalenesses: Sequence[int | None]
+    ) -> Outcome:
+        if isinstance(brought, Push):
+            if brought.refusal is not None:
+                return Outcome.REFUSED
+            plan = functools.partial(self._pipeline.plan, pushes=[Pushed(brought, stalenesses[0])])
+            try:
+                return self._plan(draft, event.changes, self._pipeline.added(brought), stalenesses, plan)
+            except InvalidArgument:
+                return Outcome.REFUSED
+        samples = draft.progress.samples + self._pipeline.samples_of([each.samples for each in event.pushes])
+        filled = event.pushes[0].receipt.outcome is Outcome.APPLIED
 
-def _staleness(base: Position | None, now: Position) -> int | None:
-    if base is None or base.incarnation != now.incarnation:
-        return None
-    return max(0, now.version - base.version)
+        def planned(groups: tuple[TensorGroup, ...], progress: Progress, updated: set[int]) -> Update:
+            update = self._pipeline.plan_gathered(groups, progress, brought, updated, filled=filled)
+            return replace(update, samples=samples, divisor=self._pipeline.divisor(draft.progress))
+
+        return self._plan(draft, event.changes, tuple(brought.gradients), stalenesses, planned)

@@ -24,16 +24,16 @@ class Decision:
     receipts: Sequence[Receipt]
     update: Update | None
 
-    def event(self, tensors: Sequence[TensorSpec], *, gathered: bool) -> Event:
-        """The event; of a round, which has `gathered` its gradients by now, it has the mean."""
+    def event(self, tensors: Sequence[TensorSpec]) -> Event:
+        """The event; if what was gathered is recorded, which must have happened by now, it has that."""
         pushes = [
-            Pushed(commit.session.client_id, commit.session.epoch, commit.push.digest, receipt)
+            Pushed(commit.session.client_id, commit.session.epoch, commit.push.digest, receipt, commit.push.samples)
             for commit, receipt in zip(self.commits, self.receipts, strict=True)
         ]
         if self.update is None:
             return Event(self.number, self.version, pushes)
         changes = merged_changes([commit.push for commit in self.commits])
-        if gathered:
+        if self.update.recorded:
             assert self.update.gathered is not None
             content = _gathered(tensors, self.update.gathered)
         else:

@@ -1,39 +1,33 @@
 """All parameter sets of a server, by id."""
 
 import itertools
-import os
+import math
 import secrets
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from optserve._errors import (
-    InvalidHyperparameter,
-    InvalidTensor,
-    InvalidTransform,
     ParameterSetExists,
     ParameterSetNotFound,
     ServerBusy,
     SpecificationMismatch,
 )
-from optserve._specification import Holds, ParameterSetSpec, StateFormat, TensorSpec
-from optserve._transforms import REFUSE
-from optserve_server.engine import clipping, slot_formats
+from optserve._specification import Holds, ParameterSetSpec, TensorSpec
 from optserve_server.engine.buffers import Allocate, private
 from optserve_server.engine.outlines import Start
 from optserve_server.engine.parameter_set import ParameterSet
-from optserve_server.engine.pipeline import gathers, slot_layouts
-from optserve_server.engine.rows import check_transforms
-from optserve_server.engine.rules import rule_for
 from optserve_server.engine.staging import Staging
 from optserve_server.engine.threads import Threads
 
 
 class Engine:
-    """Parameter sets by id, the threads that update them, and where their parameters' memory comes from."""
+    """Parameter sets by id, the threads that update them, where their parameters' memory comes from, and for how many seconds
+    nothing may be heard of a worker until it is counted as gone."""
 
-    def __init__(self, threads: int | None = None, allocate: Allocate = private) -> None:
+    def __init__(self, threads: int | None = None, allocate: Allocate = private, lease: float = math.inf) -> None:
         self._allocate = allocate
+        self._lease = lease
         self.threads = Threads(threads)
         self._sets: dict[str, ParameterSet] = {}
         self._lock = threading.Lock()
@@ -64,7 +58,8 @@ class Engine:
                 "pass exist_ok=True to attach to it"
             )
         for name in (
-            "tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "state", "tables", "journal",
+            "tensors", "optimizer", "groups", "holds", "guard", "policy", "transforms", "state", "tables", "journal", "pushes",
+            "buffers",
         ):  # fmt: skip
             expected, came = getattr(present.spec, name), getattr(spec, name)
             if expected != came:
@@ -75,53 +70,6 @@ class Engine:
                 )
         return present
 
-    def check(self, spec: ParameterSetSpec) -> None:
-        """Raises InvalidHyperparameter, InvalidTransform or InvalidTensor for what a set can't do with what it holds or
-        measures."""
-        rule, transforms = rule_for(spec.optimizer), spec.transforms
-        if spec.holds is Holds.MOMENTS and rule.reads_parameters:
-            raise InvalidHyperparameter(
-                f"parameter set {spec.id!r}: expected an optimizer that only adds steps to parameters, in a set that does not "
-                f"hold them; {spec.optimizer.rule} reads them. Let the server hold the parameters, or choose another"
-            )
-        if spec.holds is Holds.MOMENTS and transforms.reads_parameters:
-            raise InvalidTransform(
-                f"parameter set {spec.id!r}: averages, lookahead and adaptive clipping read the parameters; expected a set "
-                "that holds them. Let the server hold the parameters, or leave these out"
-            )
-        if not spec.guard and (clipping.reads_norms(transforms.clip) or transforms.nonfinite != REFUSE):
-            raise InvalidTransform(
-                f"parameter set {spec.id!r}: clipping by norm and skipping what is not finite need the guard, which reads "
-                "gradients first; expected guard=True with them"
-            )
-        if spec.tables:
-            check_transforms(spec)
-            if spec.holds is Holds.MOMENTS or not rule.lazy:
-                raise InvalidHyperparameter(
-                    f"parameter set {spec.id!r}: tables need a set that holds parameters and a rule that leaves rows without a "
-                    f"gradient alone; expected SGD without momentum, Adagrad, RowWiseAdagrad, SparseAdam or FTRL; got "
-                    f"{spec.optimizer.rule}"
-                )
-        if transforms.average is not None and rule.evaluation:
-            raise InvalidTransform(
-                f"parameter set {spec.id!r}: {spec.optimizer.rule} keeps parameters to evaluate itself; expected no average "
-                "beside it"
-            )
-        if spec.state is not StateFormat.FULL:
-            slot_formats.check(spec)
-
-    def check_room(self, spec: ParameterSetSpec) -> None:
-        """Raises InvalidTensor for a set that could never fit into this machine's memory."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        layout = slot_formats.layout(spec)
-        arenas = [layout, *slot_layouts(spec, layout).values(), *([layout] if gathers(spec) else [])]
-        needed = sum(each.nbytes for each in arenas)
-        if needed > memory:
-            raise InvalidTensor(
-                f"parameter set {spec.id!r}: expected parameters and state to fit into {memory:,} bytes of memory; they "
-                f"take {needed:,}"
-            )
-
     def stage(self, tensors: Sequence[TensorSpec]) -> Staging:
         """Room for tensors on their way in."""
         return Staging(tensors, self.threads)
@@ -129,7 +77,7 @@ class Engine:
     def new(self, spec: ParameterSetSpec) -> ParameterSet:
         """A set that is not here yet, to be filled and then added; raises ServerBusy."""
         try:
-            return ParameterSet(spec, _new_incarnation(), self.threads, self._allocate)
+            return ParameterSet(spec, _new_incarnation(), self.threads, self._allocate, self._lease)
         except (MemoryError, OSError):
             raise ServerBusy(
                 f"there is no memory for parameter set {spec.id!r}; delete others, or make it smaller"

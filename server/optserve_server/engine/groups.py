@@ -107,6 +107,13 @@ def at(groups: tuple[TensorGroup, ...], count: int) -> tuple[TensorGroup, ...]:
     return tuple(replace(group, optimizer=group.optimizer.at(count)) for group in groups)
 
 
+def slowed(groups: tuple[TensorGroup, ...], divisor: int) -> tuple[TensorGroup, ...]:
+    """The groups with their learning rates divided; raises InvalidHyperparameter for one that can't be that small."""
+    if divisor == 1:
+        return groups
+    return tuple(replace(group, optimizer=group.optimizer.replace(lr=group.optimizer.lr / divisor)) for group in groups)
+
+
 def changed(optimizer: Optimizer, values: Mapping[str, Any], rule: Rule | TensorRule) -> Optimizer:
     """The optimizer with new values, all of them live; raises InvalidHyperparameter."""
     new = optimizer.replace(**values)

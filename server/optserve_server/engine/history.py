@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from optserve._policies import Policy
 from optserve._results import Durability, Receipt
 from optserve_server.engine.push import Declared
 from optserve_server.engine.staging import Received
@@ -11,12 +12,13 @@ from optserve_server.engine.staging import Received
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Who pushed, what tells the content from others, and the first receipt."""
+    """Who pushed, what tells the content from others, the first receipt, and of how many samples the gradients were."""
 
     client_id: str
     epoch: int
     digest: bytes
     receipt: Receipt
+    samples: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,14 @@ class Content:
 @dataclass(frozen=True, slots=True)
 class Event:
     """What a set decided on at one time: pushes, without content if nothing of them was applied, and hyperparameters that
-    changed, by group and name. Numbers count events, `version` the updates until after it."""
+    changed, by group and name, or the policy. Numbers count events, `version` the updates until after it."""
 
     number: int
     version: int
     pushes: Sequence[Pushed] = ()
     content: Content | None = None
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    policy: Policy | None = None
 
 
 class Log(Protocol):

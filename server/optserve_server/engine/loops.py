@@ -7,10 +7,12 @@ may reassociate within a block, and updates take denormal numbers for zero (`den
 depend on chunks, threads or transport.
 """
 
+import enum
 import functools
 import linecache
 import typing
 from collections.abc import Callable
+from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -281,6 +283,105 @@ def mean_loop(dtype: DType) -> Loop:
                         target[i] += weight * decode(gradient[i])
 
     return typing.cast(Loop, _compile(mean))
+
+
+class Compensation(enum.Enum):
+    """What is done about the distance between the parameters of now and those that a gradient was computed at."""
+
+    NONE = "none"
+    DELAY = "delay"
+    GAP = "gap"
+
+
+@functools.cache
+def compensated_mean_loop(dtype: DType, kind: Compensation, *, differences: bool) -> Loop:
+    """`mean(table, scalars, arena, now, base, squares)`: as `mean_loop`, of gradients that are compensated first.
+
+    A row of `scalars`, of the arena's dtype, is a weight, what is multiplied with the elements, and the compensation's scale.
+    With `differences`, the elements are parameters, and their gradient is `base` less those. For gaps, `squares` are mean
+    squares of each element's steps, and the scale is what they are to be multiplied by.
+    """
+    decode, (read, new_buffer) = decoder(dtype), reader(dtype)
+
+    @njit(error_model="numpy")
+    def delayed(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
+        return g + scale * g * g * (now - base)
+
+    @njit(error_model="numpy")
+    def gapped(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
+        gap, step = abs(now - base), sqrt(square * scale)
+        return g if gap == 0 else g * (step / (step + gap))
+
+    @njit(error_model="numpy")
+    def plain(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
+        return g
+
+    @njit(error_model="numpy")
+    def difference(value: Any, factor: Any, base: Any) -> Any:
+        return base - value
+
+    @njit(error_model="numpy")
+    def scaled(value: Any, factor: Any, base: Any) -> Any:
+        return factor * value
+
+    compensate = {Compensation.NONE: plain, Compensation.DELAY: delayed, Compensation.GAP: gapped}[kind]
+    gradient_of = difference if differences else scaled
+
+    def mean(table: Any, scalars: Any, arena: Any, now: Any, base: Any, squares: Any) -> None:
+        buffer = new_buffer()
+        for r in range(len(table)):
+            start, end = table[r, 0], table[r, 0] + table[r, 1]
+            weight, factor, scale = scalars[table[r, 4], 0], scalars[table[r, 4], 1], scalars[table[r, 4], 2]
+            for first in range(start, end, BLOCK):
+                count = min(BLOCK, end - first)
+                target, here, there = (
+                    arena[first : first + count],
+                    now[first : first + count],
+                    base[first : first + count],
+                )
+                square = squares[first : first + count]
+                pushed = read(table[r, 2], table[r, 3] + first - start, count, buffer)
+                for i in range(count):
+                    gradient = gradient_of(decode(pushed[i]), factor, there[i])
+                    gradient = weight * compensate(gradient, here[i], there[i], square[i], scale)
+                    target[i] = gradient if table[r, 5] else target[i] + gradient
+
+    return typing.cast(Loop, _compile(mean))
+
+
+@functools.cache
+def scale_loop() -> Loop:
+    """`scale(table, factor, arena)`: multiply elements by a number.
+
+    A row of `table`, int64 [n, 2], is the first element and the count in the arena; `factor`, of the arena's dtype, has one.
+    """
+
+    def scale(table: Any, factor: Any, arena: Any) -> None:
+        for r in range(len(table)):
+            elements = arena[table[r, 0] : table[r, 0] + table[r, 1]]
+            for i in range(elements.size):
+                elements[i] *= factor[0]
+
+    return typing.cast(Loop, _compile(scale))
+
+
+@functools.cache
+def step_loop() -> Loop:
+    """`step(table, decay, before, squares, now)`: take note of how far elements have moved since `before`.
+
+    A row of `table` is as in `scale_loop`; `squares` are running means of the squares, `decay` what is kept of them.
+    """
+
+    def step(table: Any, decay: Any, before: Any, squares: Any, now: Any) -> None:
+        for r in range(len(table)):
+            start, end = table[r, 0], table[r, 0] + table[r, 1]
+            b, s, p = before[start:end], squares[start:end], now[start:end]
+            for i in range(end - start):
+                moved = p[i] - b[i]
+                s[i] = moved * moved + decay[0] * (s[i] - moved * moved)
+                b[i] = p[i]
+
+    return typing.cast(Loop, _compile(step))
 
 
 @functools.cache

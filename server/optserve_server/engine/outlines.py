@@ -13,7 +13,7 @@ from optserve._specification import Holds, ParameterSetSpec, StateFormat
 from optserve._state import GRADIENT, PARAMETERS, Outline, Part, Shape
 from optserve_server.engine.arena import Layout
 from optserve_server.engine.groups import resolve
-from optserve_server.engine.pipeline import Progress, slot_layouts, slot_shapes
+from optserve_server.engine.pipeline import Progress, slot_layouts, slot_shapes, trigger_of
 from optserve_server.engine.rules import Rule, TensorRule, rule_for
 from optserve_server.engine.state import State
 
@@ -66,6 +66,8 @@ def outlined(state: State) -> tuple[Outline, list[NDArray[Any]]]:
         parts=tuple(parts),
         accumulated=progress.accumulated,
         skipped=progress.skipped,
+        samples=progress.samples,
+        divisor=progress.divisor,
     ), elements
 
 
@@ -74,10 +76,14 @@ def start(spec: ParameterSetSpec, outline: Outline) -> Start:
     check_movable(spec)
     if len(outline.steps) != len(spec.tensors):
         raise InvalidState(f"expected steps of {len(spec.tensors)} tensors; got {len(outline.steps)}")
-    if outline.accumulated >= spec.transforms.accumulate:
+    trigger = trigger_of(spec.policy, spec.transforms)
+    samples, divisor = outline.samples or float(outline.accumulated), outline.divisor or trigger.divisor
+    _check_finite("samples of waiting pushes", samples)
+    _check_finite("what they were divided by", divisor)
+    if outline.accumulated and (trigger.filled(outline.accumulated, samples) or samples <= 0 or divisor <= 0):
         raise InvalidState(
-            f"expected fewer than the {spec.transforms.accumulate} pushes that make an update of this set; got "
-            f"{outline.accumulated} that wait. Give it the transforms that the state comes from"
+            f"expected fewer pushes than make an update of this set, {trigger}; got {outline.accumulated} that wait. Give it "
+            "the transforms and the policy that the state comes from"
         )
     _check_parts(spec, outline)
     accumulating = [part.tensors for part in outline.parts if part.name == GRADIENT]
@@ -88,6 +94,8 @@ def start(spec: ParameterSetSpec, outline: Outline) -> Start:
         accumulated=outline.accumulated,
         accumulating=tuple(sorted(accumulating[0])) if accumulating else (),
         skipped=outline.skipped,
+        samples=samples if outline.accumulated else 0.0,
+        divisor=divisor if outline.accumulated else 0.0,
     )
     return Start(outline.version, progress, outline.parts)
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,20 +15,27 @@ from numpy.typing import NDArray
 
 from optserve._dtypes import DType
 from optserve._errors import (
+    InvalidArgument,
     InvalidHyperparameter,
     InvalidState,
     OptserveError,
     ParameterSetNotFound,
+    Refusal,
     ServerBusy,
     ServerError,
+    TooStale,
+    WorkerQuarantined,
 )
-from optserve._results import Change, Description, GroupDescription, Position, Receipt, Summary
+from optserve._policies import BoundedStaleness, Policy
+from optserve._results import Change, Description, GroupDescription, Outcome, Position, Receipt, Summary, Worker
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS
 from optserve_server.engine import replay, slot_formats, update
 from optserve_server.engine.arena import Arena, assign, copy
+from optserve_server.engine.barrier import Barrier
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
+from optserve_server.engine.checks import check_policy
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.decider import Decider
 from optserve_server.engine.decision import Decision
@@ -36,19 +45,22 @@ from optserve_server.engine.groups import TensorGroup, at, change, differences, 
 from optserve_server.engine.history import NOTHING_STORED, Event, Log, Stored, Unlogged
 from optserve_server.engine.loops import encode_loop
 from optserve_server.engine.mean import Gathered
+from optserve_server.engine.members import Members
 from optserve_server.engine.outlines import Start
-from optserve_server.engine.pipeline import Pipeline
+from optserve_server.engine.pipeline import Pipeline, Pushed
 from optserve_server.engine.push import Declared, Push
 from optserve_server.engine.rounds import Rounds
 from optserve_server.engine.sessions import Session, Sessions
 from optserve_server.engine.snapshot import Snapshot
 from optserve_server.engine.staging import Staging
+from optserve_server.engine.staleness import check_staleness
 from optserve_server.engine.state import State
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.views import Rows, Views
 from optserve_server.engine.work import Arenas
 
 CHANGES_KEPT = 1000
+BARRIER_DEADLINE = 60.0  # seconds, where the policy has none
 
 
 class ParameterSet:
@@ -58,7 +70,12 @@ class ParameterSet:
     """
 
     def __init__(
-        self, spec: ParameterSetSpec, incarnation: int, threads: Threads, allocate: Allocate = private
+        self,
+        spec: ParameterSetSpec,
+        incarnation: int,
+        threads: Threads,
+        allocate: Allocate = private,
+        lease: float = math.inf,
     ) -> None:
         self.spec = spec
         self.layout = slot_formats.layout(spec)
@@ -81,7 +98,10 @@ class ParameterSet:
         self._broken = False
         self.lost = False
         self._commits: deque[Commit] = deque()
-        self._rounds = Rounds(spec.policy, spec.transforms)
+        self._members = Members(lease)
+        self.lease = lease
+        self._rounds = Rounds(spec.policy, spec.transforms, self._members)
+        self._barrier = Barrier(self._members)
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._pipeline = Pipeline(spec, self.layout)
@@ -148,6 +168,8 @@ class ParameterSet:
                 state_bytes=self.state_bytes,
                 element_count=self._element_count,
                 changes=tuple(self._changes),
+                policy=self._rounds.policy,
+                staleness=dict(self._progress.staleness),
             )
 
     def summarize(self) -> Summary:
@@ -197,33 +219,59 @@ class ParameterSet:
         self._progress = start.progress
         self._position = replace(self._position, version=start.version)
 
-    def update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Change hyperparameters by group and name; raises InvalidGroup, InvalidHyperparameter or StorageFailed."""
+    def update(self, changes: Mapping[str, Mapping[str, Any]], policy: Policy | None = None) -> None:
+        """Change hyperparameters by group and name, or the policy; a round that is under way is then given up.
+
+        Raises InvalidGroup, InvalidHyperparameter, InvalidPolicy, ServerBusy or StorageFailed.
+        """
+        if policy is not None:
+            check_policy(self.spec, policy)
         with self._lock:
             self._check_alive()
+            if policy is not None:
+                self._make_room(policy)
             groups = change(self._groups, changes)
             for group in groups:
                 if group.name in changes:
                     group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
-            event = Event(self._events + 1, self._position.version, changes=changes)
+            event = Event(self._events + 1, self._position.version, changes=changes, policy=policy)
             self._log.append([event])
             self._broken = True
             self._changes.extend(differences(self._groups, groups, self._position.version))
             self._groups = groups
+            if policy is not None:
+                self._follow(policy)
             self._events = event.number
             self._broken = False
+            self._decided.notify_all()
         self._log.wait(event.number)
 
-    def open(self, client_id: str, epoch: int, stream: object) -> Session:
-        """Open or resume a client's session; a push of its older stream that has begun is finished first.
+    def _make_room(self, policy: Policy) -> None:
+        try:
+            self._pipeline.make_room(policy)
+        except MemoryError:
+            raise ServerBusy(f"there is no memory for what {policy} needs; try again later") from None
+
+    def _follow(self, policy: Policy) -> None:
+        """Follow a policy from now on; there is memory for it."""
+        self._rounds.change(policy)
+        self._pipeline.follow(policy, accumulated=self._progress.accumulated)
+
+    def open(self, client_id: str, epoch: int, stream: object, *, joins: bool = False) -> Session:
+        """Open or resume a client's session; a push of its older stream that has begun is finished first, and its round.
+
+        Who `joins` is a member from now on, others are from their first push.
 
         Raises SessionSuperseded, or StorageFailed if what its last push did can't be told yet.
         """
         with self._lock:
             self._check_alive()
-            self._rounds.withdraw(client_id)
-            self._decided.notify_all()
+            while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
+                self._wait()
+                self._check_alive()
             session = self._sessions.open(client_id, epoch, stream)
+            if joins or client_id in self._members:
+                self._members.join(session)
         self._log.wait(session.last_event)
         return session
 
@@ -235,6 +283,7 @@ class ParameterSet:
         base: Position | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         loss_scale: float = 1.0,
+        samples: float = 1.0,
     ) -> Push:
         """A push of this set, to be filled, finished and given to `push`."""
         push = Push(
@@ -246,6 +295,7 @@ class ParameterSet:
             base=base,
             changes=changes,
             loss_scale=loss_scale,
+            samples=samples,
         )
         # What gradients travel as is not known before. Nor should this wait for updates, or they for a compiler.
         try:
@@ -276,16 +326,17 @@ class ParameterSet:
         """
         commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
+        session.waits = True
         with self._lock:
             while not commit.done:
-                try:
-                    if self._commits:
+                if self._commits:
+                    try:
                         self._apply(self._next_commits())
-                    else:
-                        self._decided.wait(self._rounds.remaining)
-                        self._rounds.expire()
-                finally:
-                    self._decided.notify_all()
+                    finally:
+                        self._decided.notify_all()
+                else:
+                    self._wait()
+        session.heard(waits=False)
         if commit.error is not None:
             try:
                 raise commit.error
@@ -299,6 +350,110 @@ class ParameterSet:
                 self.release(commit.snapshot)
             raise
         return self._told(commit.receipt, commit.event, session), commit.snapshot
+
+    def _wait(self) -> None:
+        """Wait under the lock until something happens; then see whether a round is over."""
+        self._decided.wait(self._rounds.remaining)
+        self._end_round()
+
+    def _end_round(self) -> None:
+        """Decide on a round that is over although nobody came."""
+        for client_id in self._members.lapse(self._position.version):
+            self._pipeline.bases.let_go(client_id)
+        if together := self._rounds.over(self._position.version):
+            draft = Draft(self._groups, self._position, self._progress.copy())
+            try:
+                self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
+            finally:
+                self._decided.notify_all()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether workers may have to wait before they read."""
+        return isinstance(self._rounds.policy, BoundedStaleness)
+
+    def await_turn(self, session: Session) -> None:
+        """Return once a worker is not too far ahead of others, as the policy has it; raises ServerDraining."""
+        if not isinstance(self._rounds.policy, BoundedStaleness):
+            return
+        begin = time.monotonic()
+        with self._lock:
+            while isinstance(policy := self._rounds.policy, BoundedStaleness):
+                self._check_alive()
+                self._rounds.check_draining()
+                self._end_round()
+                behind = self._members.behind(session, policy.bound)
+                left = begin + policy.deadline - time.monotonic()
+                if not behind:
+                    break
+                if left <= 0:
+                    for client_id in behind:
+                        self._dismiss(client_id)
+                    break
+                session.waits = True
+                self._decided.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
+            session.heard(waits=False)
+
+    def barrier(self, session: Session, stream: object, known: int) -> int:
+        """Return once all members have come to the barrier after `known` others; how many there were then.
+
+        Raises RoundIncomplete, SessionSuperseded or ServerDraining.
+        """
+        deadline = getattr(self._rounds.policy, "deadline", BARRIER_DEADLINE)
+        with self._lock:
+            self._check_alive()
+            self._members.join(session)
+            self._barrier.arrive(session.client_id)
+            try:
+                while self._barrier.passed <= known:
+                    session.check_stream(stream)
+                    self._rounds.check_draining()
+                    if left := self._barrier.check(session.client_id, deadline):
+                        session.waits = True
+                        self._decided.wait(left)
+                        self._check_alive()
+                        self._end_round()
+            finally:
+                self._barrier.depart(session.client_id)
+                session.heard(waits=False)
+                self._decided.notify_all()
+            return self._barrier.passed
+
+    @property
+    def barriers(self) -> int:
+        """How many barriers there were."""
+        return self._barrier.passed
+
+    def leave(self, session: Session) -> None:
+        """Be no member any more: nobody waits for this worker."""
+        with self._lock:
+            self._dismiss(session.client_id)
+            self._end_round()
+            self._decided.notify_all()
+
+    def disconnected(self, session: Session, stream: object) -> None:
+        """A stream has ended: what only it has read is let go of; without a lease its worker leaves."""
+        with self._lock:
+            if session.stream is not stream:
+                return
+            if session.client_id not in self._members:
+                self._pipeline.bases.let_go(session.client_id)
+            elif self.lease == math.inf:
+                self._dismiss(session.client_id)
+                self._end_round()
+                self._decided.notify_all()
+
+    def _dismiss(self, client_id: str) -> None:
+        """Wait for a member no more."""
+        self._members.leave(client_id, self._position.version)
+        self._pipeline.bases.let_go(client_id)
+
+    def workers(self) -> list[Worker]:
+        """The members, ordered by client id."""
+        with self._lock:
+            self._end_round()
+            quarantined = self._rounds.quarantined(self._position.version)
+            return [replace(each, quarantined=each.client_id in quarantined) for each in self._members.describe()]
 
     def last_receipt(self, session: Session) -> Receipt | None:
         """What became of a session's last push, and how far that has come by now; None before the first."""
@@ -317,14 +472,28 @@ class ParameterSet:
             durable_sequence=session.durable_sequence,
         )
 
-    def snapshot(self, *, pinned: bool = True, dtype: DType | None = None, evaluation: bool = False) -> Snapshot | None:
+    def _hold(self, reader: Session | None) -> None:
+        """Keep what a worker reads, if that will be looked at when it pushes."""
+        if reader is not None and self._pipeline.keeps_bases:
+            self._pipeline.bases.hold(reader.client_id, self._position.version, self._buffers.current.arena)
+
+    def snapshot(
+        self,
+        *,
+        pinned: bool = True,
+        dtype: DType | None = None,
+        evaluation: bool = False,
+        reader: Session | None = None,
+    ) -> Snapshot | None:
         """The tensors of the current version: parameters, or the updates of the last push; or the parameters to evaluate.
 
         If `pinned`, they are the set's own memory, to be released; None if too many versions are being read. Otherwise they
-        are a copy, which all who ask for it share, in elements of a smaller dtype if one is given.
+        are a copy, which all who ask for it share, in elements of a smaller dtype if one is given. The `reader` may push
+        what it makes of them.
         """
         with self._lock:
             self._check_alive()
+            self._hold(reader)
             if pinned and dtype is None and not evaluation:
                 return self._views.pin(self.position)
             return self._views.copy(self.position, dtype, evaluation=evaluation)
@@ -377,6 +546,7 @@ class ParameterSet:
                 forgotten=self._sessions.forgotten,
                 events=self._events,
                 undone=self._undone,
+                policy=self._rounds.policy,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
@@ -399,6 +569,8 @@ class ParameterSet:
         self._position = replace(state.position, incarnation=self._position.incarnation)
         self._events, self._undone = state.events, state.undone
         self._progress = state.progress.copy()
+        self._pipeline.make_room(state.policy)
+        self._follow(state.policy)
         self._sessions.restore(state.sessions, state.forgotten)
 
     def repeat(self, event: Event) -> None:
@@ -422,6 +594,9 @@ class ParameterSet:
             self._gather(draft, after)
             self._run(draft, after)
             del kept
+            if event.policy is not None:
+                self._pipeline.make_room(event.policy)
+                self._follow(event.policy)
             self._events = event.number
             for each in event.pushes:
                 self._sessions.resume(each.client_id, each.epoch).record(each.digest, each.receipt, event.number)
@@ -494,7 +669,7 @@ class ParameterSet:
         """What outlives a restart."""
         parameters = {PARAMETERS: self._buffers.current.arena} if self.spec.holds is Holds.PARAMETERS else {}
         mean = self._pipeline.mean
-        gradient = {GRADIENT: mean.arena} if mean is not None and self.spec.transforms.accumulate > 1 else {}
+        gradient = {GRADIENT: mean.arena} if mean is not None and self._pipeline.accumulates else {}
         return parameters | gradient | self._slots
 
     def _memory(self, after: Buffer) -> Arenas:
@@ -532,11 +707,68 @@ class ParameterSet:
                 first = commit.session.admit(commit.push.sequence, commit.push.digest)
                 if first is not None:
                     commit.receipt, commit.event = first.receipt, first.event
-                elif together := self._rounds.join(commit):
-                    decisions.append(self._decider.decide(together, draft, self._events + len(decisions) + 1))
+                    continue
+                commit.staleness = draft.staleness(commit.push)
+                if not self._joins_round(commit) or (together := self._rounds.over(self._position.version)):
+                    decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:
                     each.fail(error)
+        self._settle(draft, decisions, commits)
+
+    def _joins_round(self, commit: Commit) -> bool:
+        """Let a push wait for others, if that is how it is to be."""
+        self._discard(commit)
+        self._members.join(commit.session)
+        self._rounds.join(commit)
+        if not self._rounds.has(commit.session.client_id):
+            return False
+        if self._rounds.folds and commit.push.refusal is None:
+            self._fold(commit)
+        return self._rounds.has(commit.session.client_id)
+
+    def _discard(self, commit: Commit) -> None:
+        """Discard a push that is not to be part of an update, as the policy has it."""
+        if commit.push.refusal is None:
+            client_id, version = commit.session.client_id, self._position.version
+            barred = self._members.barred(client_id)
+            missed = not self._members.took_part(client_id, version)
+            known = not self._pipeline.keeps_bases or self._decider.base(commit) is not None
+            try:
+                check_staleness(commit, self._rounds.policy, version, barred, missed=missed, known=known)
+                self._rounds.judge(commit, version)
+            except (TooStale, WorkerQuarantined) as error:
+                commit.discarded = Refusal.of(error)
+
+    def _fold(self, commit: Commit) -> None:
+        """Add a push to its round, and let go of it; one that can't be added is refused."""
+        folded, push = self._rounds.folded, commit.push
+        assert folded is not None
+        try:
+            pushed = Pushed(push, commit.staleness, self._decider.base(commit))
+            gather, sparse = self._pipeline.fold(pushed, folded)
+        except InvalidArgument as error:
+            self._rounds.refuse(commit, error)
+            return
+        try:
+            for work in gather:
+                work.run(self._memory(self._buffers.current), self._threads)
+        except BaseException:
+            self._rounds.give_up(ServerBusy("there was no memory for a push of this round; try again later"))
+            raise
+        folded.samples += push.samples
+        folded.sparse = sparse
+        if folded.first is None:
+            folded.first = push
+        if folded.first is not push or self.spec.holds is Holds.PARAMETERS:
+            push.let_go()
+
+    def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
+        folded = self._rounds.folded if self._rounds.folds and self._rounds.waits(commits[0]) else None
+        return self._decider.decide(commits, draft, number, folded)
+
+    def _settle(self, draft: Draft, decisions: Sequence[Decision], commits: Sequence[Commit]) -> None:
+        """Become what was decided, and let everyone know."""
         decided = [commit for decision in decisions for commit in decision.commits]
         try:
             if decisions:
@@ -546,18 +778,26 @@ class ParameterSet:
             for commit in decided:
                 commit.fail(error)
             return
+        for decision in decisions:
+            taken = decision.receipts[0].outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
+            if taken:
+                self._rounds.accept(decision.commits)
+            for commit in decision.commits:
+                self._members.pushed(commit.session, commit.staleness, decision.version if taken else -1)
         for commit in {*commits, *decided}:
             if commit.pull and commit.receipt is not None:
                 try:
-                    commit.snapshot = self._after(commit.receipt, commit.dtype)
+                    commit.snapshot = self._after(commit)
                 except Exception as error:  # what was applied stays applied
                     commit.fail(error)
 
-    def _after(self, receipt: Receipt, dtype: DType | None) -> Snapshot | None:
+    def _after(self, commit: Commit) -> Snapshot | None:
         """What is pulled with a push."""
-        moments_only = self.spec.holds is Holds.MOMENTS
+        assert commit.receipt is not None
+        moments_only, receipt, dtype = self.spec.holds is Holds.MOMENTS, commit.receipt, commit.dtype
         if not receipt.applied:
             return Snapshot(self._position, (), (), ()) if moments_only else None
+        self._hold(commit.session)
         pinned = self._views.pin(self.position) if dtype is None else None
         return self._views.copy(self.position, dtype) if pinned is None and moments_only else pinned
 
@@ -568,15 +808,15 @@ class ParameterSet:
         buffers = [each.buffer for each in held if each.buffer is not None]
         for buffer in buffers:
             self._buffers.unpin(buffer)
-        rounds = self._rounds.workers > 1
-        undo = self._mean_before() if rounds else None
+        recorded = any(each.update is not None and each.update.recorded for each in decisions)
+        undo = self._mean_before() if recorded else None
         try:
             after = self._writable(draft)
-            if rounds:
+            if recorded:
                 self._broken = bool(self._progress.accumulated) and undo is None
                 self._gather(draft, after)
                 self._broken = False
-            self._log.append(each.event(self.spec.tensors, gathered=rounds) for each in decisions)
+            self._log.append(each.event(self.spec.tensors) for each in decisions)
         except BaseException:
             for buffer in buffers:
                 self._buffers.pin_again(buffer)
@@ -586,7 +826,7 @@ class ParameterSet:
         for each in held:
             each.buffer = None
         self._broken = True  # until all that the log has has happened: else nothing is ever read from this set again
-        if not rounds:
+        if not recorded:
             self._gather(draft, after)
         self._run(draft, after)
         self._events = decisions[-1].number
@@ -621,6 +861,7 @@ class ParameterSet:
         if draft.updated:
             self._buffers.publish(after, draft.updated, draft.position.version)
             self._views.forget()
+            self._pipeline.bases.moved(after.arena, self._threads)
             if self.spec.holds is Holds.MOMENTS:
                 self._views.present = tuple(sorted(draft.updated))
         self._groups, self._position, self._progress = draft.groups, draft.position, draft.progress

@@ -5,26 +5,33 @@ mean over workers and pushes (`mean`), clipping (`clipping`), the rule (`update`
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optserve._errors import InvalidHyperparameter, TensorMismatch
-from optserve._policies import Sync
-from optserve._specification import Holds, ParameterSetSpec
+from optserve._policies import Buffered, Policy, Sync
+from optserve._specification import Holds, ParameterSetSpec, Pushes
 from optserve._state import AVERAGE
-from optserve._transforms import ClipAdaptive
+from optserve._transforms import ClipAdaptive, Transforms
+from optserve._treatments import Treatment
+from optserve.aggregation import Aggregation
 from optserve.optim import Group
-from optserve_server.engine import averages, clipping, rows, slot_formats
+from optserve.staleness import DelayCompensation, GapAware
+from optserve_server.engine import aggregation, averages, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout, Place
+from optserve_server.engine.bases import Bases
 from optserve_server.engine.clipping import Clipping
+from optserve_server.engine.folding import Folded
 from optserve_server.engine.groups import TensorGroup
-from optserve_server.engine.loops import guard_loop
-from optserve_server.engine.mean import Gathered, Gradients, Mean, dtype_of
+from optserve_server.engine.loops import Compensation, guard_loop
+from optserve_server.engine.mean import Compensated, Gathered, Gradients, Mean, Replaced, Term, dtype_of
 from optserve_server.engine.push import Push
 from optserve_server.engine.rows import Carried, SparseGradient, merged
 from optserve_server.engine.rules import Memory, TensorRule, preparation, rule_for
 from optserve_server.engine.slot_formats import EncodedLayout
+from optserve_server.engine.staleness import compensation, learning_rate_divisor, weight
 from optserve_server.engine.tables import NewRows, Table
 from optserve_server.engine.threads import Threads
 from optserve_server.engine.update import Factors, Planner, Read
@@ -37,8 +44,10 @@ class Progress:
     """How far a set has come, beside its arenas.
 
     `steps`, int64 [tensors], are the updates that each tensor has had, `memory` the rule's values for each, `group_memory`
-    its values for each group, float64; `accumulated` says how many pushes wait in the mean for more, and `accumulating`
-    which tensors they have; `skipped` counts those that were not finite since the last that was.
+    its values for each group, float64; `accumulated` says how many pushes wait in the mean for more, `accumulating` which
+    tensors they have, and `samples` how many samples, each divided by `divisor`; `skipped` counts those that were not finite
+    since the last that was. `changed`, int64 [tensors], is the version at which each tensor last changed, as far as that is
+    known, and `staleness` counts pushes by theirs.
     """
 
     steps: NDArray[np.int64]
@@ -47,15 +56,34 @@ class Progress:
     accumulated: int = 0
     accumulating: tuple[int, ...] = ()
     skipped: int = 0
+    samples: float = 0.0
+    divisor: float = 0.0
+    staleness: dict[int, int] = field(default_factory=dict)
+    changed: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.changed = np.zeros(len(self.steps), np.int64)
 
     def copy(self) -> "Progress":
         """The same in memory of its own."""
-        return replace(
+        copied = replace(
             self,
             steps=self.steps.copy(),
             memory=list(self.memory),
             group_memory={name: values.copy() for name, values in self.group_memory.items()},
+            staleness=self.staleness.copy(),
         )
+        copied.changed[:] = self.changed
+        return copied
+
+
+class Pushed(NamedTuple):
+    """A push as a part of an update: its staleness, and the parameters that it was computed at, None if those are of no
+    matter."""
+
+    push: Push
+    staleness: int | None = None
+    base: Arena | None = None
 
 
 class Pipeline:
@@ -64,9 +92,14 @@ class Pipeline:
     def __init__(self, spec: ParameterSetSpec, layout: Layout) -> None:
         self.rule = rule_for(spec.optimizer)
         self.slots = slot_layouts(spec, layout)
-        self.mean = Mean(spec.tensors, layout) if gathers(spec) else None
+        self.mean: Mean | None = None
+        self.bases = Bases(layout)
         self._spec = spec
         self._layout = layout
+        self._treatments = spec.treatments
+        self._compiled: set[Read] = set()
+        self.make_room(spec.policy)
+        self.follow(spec.policy)
         self._moments_only = spec.holds is Holds.MOMENTS
         self._loops: Planner | None = None
         self._whole: WholePlanner | None = None
@@ -84,7 +117,36 @@ class Pipeline:
             if tensor.name in spec.tables
         }
         self._averages = bool(averages.slots(spec.transforms))
-        self._compiled: set[Read] = set()
+
+    def make_room(self, policy: Policy) -> None:
+        """Have memory for a mean, if a policy needs one; raises MemoryError."""
+        if self.mean is None and gathers(self._spec, policy):
+            self.mean = Mean(self._spec.tensors, self._layout, self._treatments)
+
+    def follow(self, policy: Policy, *, accumulated: int = 0) -> None:
+        """Plan as a policy has it from now on; there is room for it."""
+        self.policy = policy
+        self._compiled = set()
+        self.bases.measure(policy.staleness)
+        self._trigger = trigger_of(policy, self._spec.transforms)
+        if not gathers(self._spec, policy) and not accumulated:
+            self.mean = None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether pushes wait in the mean for later ones."""
+        return self._trigger != Trigger(1)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether pushes of several workers are made one at a time."""
+        return isinstance(self.policy, Sync) and self.policy.workers != 1
+
+    @property
+    def keeps_bases(self) -> bool:
+        """Whether parameters that workers have read are looked at when they push."""
+        compensated = compensation(self.policy.staleness) is not Compensation.NONE
+        return compensated or self._spec.pushes is Pushes.PARAMETERS
 
     def begin(self) -> Progress:
         """Where a new set stands."""
@@ -117,6 +179,7 @@ class Pipeline:
 
     def clear(self) -> None:
         """Let go of memory."""
+        self.bases.clear()
         if self.mean is not None:
             self.mean.arena.clear()
 
@@ -131,33 +194,117 @@ class Pipeline:
         return AVERAGE if self._spec.transforms.average is not None else self.rule.evaluation
 
     def plan(
-        self, groups: Sequence[TensorGroup], progress: Progress, pushes: Sequence[Push], updated: set[int]
+        self,
+        groups: Sequence[TensorGroup],
+        progress: Progress,
+        pushes: Sequence[Pushed],
+        updated: set[int],
+        folded: Folded | None = None,
     ) -> Update:
         """What pushes that belong together do next, the progress included; raises InvalidArgument kinds.
 
-        An update without memories is one of the mean alone.
+        What was `folded` is in the mean's memory already. An update without memories is one of the mean alone.
         """
         first = pushes[0]
         if self.mean is None:
-            gathered = Gathered(first.gradients, self._sparse(pushes, groups), first.parameters)
+            gathered = Gathered(first.push.gradients, self._sparse(pushes, groups), first.push.parameters)
             return self._rule_update(groups, progress, gathered, self._factors(first), updated)
-        gradients, gather = self._mean(progress, pushes)
-        gathered = Gathered(gradients, self._sparse(pushes, groups), first.parameters)
-        return replace(self.plan_gathered(groups, progress, gathered, updated), gather=gather, gathered=gathered)
+        if folded is not None:
+            return self._plan_folded(groups, progress, first.push, folded, updated)
+        samples, terms = self._terms(progress, pushes)
+        self._check_accumulating(progress, first.push)
+        gradients, gather = self._gather(terms, progress)
+        total, divisor = progress.samples + samples, self.divisor(progress)
+        sparse = self._sparse(pushes, groups)
+        filled = self._trigger.filled(progress.accumulated + 1, total)
+        if filled and total != divisor:
+            gather.append(self.mean.scaled(gradients, divisor / total, {}))
+        gathered = Gathered(gradients, sparse, first.push.parameters)
+        planned = self.plan_gathered(groups, progress, gathered, updated, filled=filled)
+        return replace(planned, gather=gather, gathered=gathered, recorded=self.records, samples=total, divisor=divisor)
+
+    def _gather(self, terms: Sequence[Term], progress: Progress) -> tuple[Gradients, list[Work]]:
+        assert self.mean is not None
+        begun, compensated = progress.accumulated > 0, self._compensated
+        if self._aggregation is None:
+            return self.mean.plan(terms, begun=begun, compensated=compensated)
+        share = 1.0 / self.divisor(progress)
+        return self.mean.plan_apart(terms, self._aggregation, share, begun=begun, compensated=compensated)
+
+    @property
+    def _aggregation(self) -> Aggregation | None:
+        return self.policy.aggregation if isinstance(self.policy, Sync) else None
+
+    @property
+    def records(self) -> bool:
+        """Whether history keeps what pushes were made of, since they alone don't say it."""
+        return self.rounds or self.keeps_bases
+
+    def fold(self, pushed: Pushed, folded: Folded) -> tuple[Sequence[Work], dict[int, SparseGradient]]:
+        """The work of adding a push to what was folded before, and the sparse gradients after it; raises InvalidArgument."""
+        assert self.mean is not None
+        push, samples = pushed.push, pushed.push.samples
+        share = samples / folded.divisor
+        term = self._term(pushed, share)
+        _, gather = self.mean.plan([term], begun=folded.first is not None, compensated=self._compensated)
+        factor = term.weight * term.factor
+        before = folded.sparse
+        sparse = {
+            index: merged([before[index], each], [1.0, factor]) if before else merged([each], [factor])
+            for index, each in push.sparse.items()
+        }
+        return gather, sparse
+
+    def _plan_folded(
+        self, groups: Sequence[TensorGroup], progress: Progress, push: Push, folded: Folded, updated: set[int]
+    ) -> Update:
+        assert self.mean is not None
+        assert folded.first is not None
+        if folded.sparse:
+            self._check_sparse(folded.sparse, groups)
+        gradients = self.mean.at(self.added(push))
+        gather: list[Work] = []
+        if folded.samples != folded.divisor:
+            gather.append(self.mean.scaled(gradients, folded.divisor / folded.samples, folded.sparse))
+        gathered = Gathered(gradients, folded.sparse, folded.first.parameters)
+        planned = self.plan_gathered(groups, progress, gathered, updated, filled=True)
+        return replace(planned, gather=gather, gathered=gathered, recorded=True)
 
     def plan_gathered(
-        self, groups: Sequence[TensorGroup], progress: Progress, gathered: Gathered, updated: set[int]
+        self,
+        groups: Sequence[TensorGroup],
+        progress: Progress,
+        gathered: Gathered,
+        updated: set[int],
+        *,
+        filled: bool,
     ) -> Update:
-        """As `plan`, for gradients that are in the mean's memory by the time that the update runs."""
-        gradients, sparse = gathered.gradients, gathered.sparse
-        factors = dict.fromkeys([*gradients, *sparse], 1.0)
-        ruled = self._rule_update(groups, progress, gathered, factors, updated)
-        if progress.accumulated + 1 < self._spec.transforms.accumulate:
+        """As `plan`, for gradients that are in the mean's memory by the time that the update runs, if it does now."""
+        optimized = {index: each for index, each in gathered.gradients.items() if index not in self._treatments}
+        sparse = gathered.sparse
+        factors = dict.fromkeys([*optimized, *sparse], 1.0)
+        ruled = self._rule_update(groups, progress, replace(gathered, gradients=optimized), factors, updated)
+        if not filled:
             return Update((), {})
         clip = self._spec.transforms.clip
-        if clip is None or clipping.bound(clip):
-            return ruled
-        return replace(ruled, work=[Clipping(clip, self._spec.tensors, gradients, self._layout, sparse), *ruled.work])
+        work = list(ruled.work)
+        if clip is not None and not clipping.bound(clip):
+            work.insert(0, Clipping(clip, self._spec.tensors, optimized, self._layout, sparse))
+        values = [index for index in gathered.gradients if index in self._treatments]
+        if values:
+            work.append(Replaced(values, self._layout, averages.slots(self._spec.transforms)))
+        memories = {**ruled.memories, **{index: progress.memory[index] for index in values}}
+        return replace(ruled, work=work, memories=memories)
+
+    def added(self, push: Push) -> tuple[int, ...]:
+        """The tensors that a push adds to a mean."""
+        return tuple(
+            index for index, sparse in push.covers if not sparse and self._treatments.get(index) is not Treatment.FREEZE
+        )
+
+    def samples_of(self, samples: Sequence[float]) -> float:
+        """What pushes that were decided on together count towards the next update."""
+        return 1.0 if self.rounds else sum(samples)
 
     def compile(self, push: Push, group: TensorGroup, arenas: Arenas) -> None:
         """Compile the loops that a push needs, by running them on nothing, unless that was done before."""
@@ -180,6 +327,10 @@ class Pipeline:
             guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self.mean is not None:
             self.mean.compile(gradient)
+            if (compensated := self._compensated) is not None:
+                self.mean.compile_compensated(gradient, compensated)
+            if self._aggregation is not None:
+                aggregation.compile(self._layout, self._aggregation)
             gradient = dtype_of(gradient)
             guard_loop(gradient)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self._loops is not None:
@@ -188,37 +339,79 @@ class Pipeline:
             averages.compile(self._layout)
         self._compiled.add(read)
 
-    def _factors(self, push: Push) -> Factors:
+    def _factors(self, pushed: Pushed) -> Factors:
         """What the gradients of a push are multiplied by."""
-        scale = 1.0 / push.loss_scale
+        push, scale = pushed.push, self._factor(pushed.push)
+        scale *= weight(self.policy.staleness, pushed.staleness, alone=True)
         if not clipping.reads_norms(self._spec.transforms.clip):
             return dict.fromkeys([*push.gradients, *push.sparse], scale)
-        norms = {index: norm * scale for index, norm in push.norms.items()}
+        norms = {index: norm * abs(scale) for index, norm in push.norms.items()}
         return {index: factor * scale for index, factor in clipping.factors(self._spec.transforms.clip, norms).items()}
 
-    def _mean(self, progress: Progress, pushes: Sequence[Push]) -> tuple[Gradients, Sequence[Work]]:
-        """The mean of pushes and of those that were accumulated before, and the work of making it."""
-        assert self.mean is not None
-        if progress.accumulated and tuple(pushes[0].gradients) != progress.accumulating:
+    def _factor(self, push: Push) -> float:
+        """What makes gradients of what was pushed."""
+        return (-1.0 if self._spec.pushes is Pushes.DELTAS else 1.0) / push.loss_scale
+
+    @property
+    def _compensated(self) -> Compensated | None:
+        if not self.keeps_bases:
+            return None
+        differences = self._spec.pushes is Pushes.PARAMETERS
+        choice, steps = self.policy.staleness, self.bases.steps
+        match choice:
+            case DelayCompensation(scale):
+                return Compensated(Compensation.DELAY, scale, differences=differences)
+            case GapAware():
+                correction, squares = (steps.correction, steps.squares) if steps is not None else (0.0, None)
+                return Compensated(Compensation.GAP, correction, squares, differences)
+            case _:
+                return Compensated(Compensation.NONE, 0.0, differences=differences)
+
+    def _term(self, pushed: Pushed, share: float) -> Term:
+        stale = weight(self.policy.staleness, pushed.staleness, alone=self._alone)
+        return Term(pushed.push.gradients, share * stale, share, self._factor(pushed.push), pushed.base)
+
+    def _terms(self, progress: Progress, pushes: Sequence[Pushed]) -> tuple[float, list[Term]]:
+        """What each of some pushes adds to the mean, and how much all of them count."""
+        samples = [each.push.samples for each in pushes]
+        counted, divisor = self.samples_of(samples), self.divisor(progress)
+        total = sum(samples) / counted
+        return counted, [self._term(each, n / total / divisor) for each, n in zip(pushes, samples, strict=True)]
+
+    def divisor(self, progress: Progress) -> float:
+        """What each push is divided by as it is added to those that wait."""
+        return progress.divisor if progress.accumulated else self._trigger.divisor
+
+    @property
+    def _alone(self) -> bool:
+        """Whether each push makes an update of its own."""
+        return not self.rounds and self._trigger == Trigger(1)
+
+    def learning_rate_divisor(self, stalenesses: Sequence[int | None]) -> int:
+        """What the learning rate of an update is divided by, by the staleness of its pushes."""
+        return learning_rate_divisor(self.policy.staleness, stalenesses[0], alone=self._alone)
+
+    def _check_accumulating(self, progress: Progress, push: Push) -> None:
+        """Raises TensorMismatch for a push that can't be averaged with those that were accumulated before."""
+        if progress.accumulated and self.added(push) != progress.accumulating:
             raise TensorMismatch(
                 f"set {self._spec.id!r}: expected gradients of the {len(progress.accumulating)} tensors that the pushes before "
-                f"had, which this one is averaged with; got {len(pushes[0].gradients)}, or others. Push zeros for a tensor "
+                f"had, which this one is averaged with; got {len(self.added(push))}, or others. Push zeros for a tensor "
                 "that is not used"
             )
-        share = 1.0 / (len(pushes) * self._spec.transforms.accumulate)
-        weights = [share / push.loss_scale for push in pushes]
-        return self.mean.plan([push.gradients for push in pushes], weights, begun=progress.accumulated > 0)
 
-    def _sparse(self, pushes: Sequence[Push], groups: Sequence[TensorGroup]) -> dict[int, SparseGradient]:
+    def _sparse(self, pushes: Sequence[Pushed], groups: Sequence[TensorGroup]) -> dict[int, SparseGradient]:
         """The row-sparse gradients of pushes, made one."""
-        first = pushes[0].sparse
+        first = pushes[0].push.sparse
         if not first:
             return {}
         self._check_sparse(first, groups)
         if self.mean is None:
             return dict(first)
-        weights = [1.0 / (len(pushes) * push.loss_scale) for push in pushes]
-        return {index: merged([push.sparse[index] for push in pushes], weights) for index in first}
+        total = sum(each.push.samples for each in pushes)
+        terms = [self._term(each, each.push.samples / total) for each in pushes]
+        weights = [term.weight * term.factor for term in terms]
+        return {index: merged([each.push.sparse[index] for each in pushes], weights) for index in first}
 
     def _rule_update(
         self,
@@ -262,7 +455,12 @@ class Pipeline:
         return sparse, work
 
     def _check_sparse(self, sparse: Iterable[int], groups: Sequence[TensorGroup]) -> None:
-        """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, too."""
+        """Raises TensorMismatch or InvalidHyperparameter where rows without a gradient would change, or be looked at."""
+        if self._trigger != Trigger(1) or self.keeps_bases or self._aggregation is not None:
+            raise TensorMismatch(
+                f"set {self._spec.id!r}: its policy, {self.policy}, looks at all rows: expected a dense gradient; got a "
+                "row-sparse one. Push all rows, or choose another policy"
+            )
         if not self.rule.lazy:
             raise TensorMismatch(
                 f"set {self._spec.id!r}: {self._spec.optimizer.rule} changes rows that have no gradient as well; expected a "
@@ -315,11 +513,37 @@ def slot_shapes(spec: ParameterSetSpec) -> dict[str, tuple[tuple[int, ...], ...]
     return dict.fromkeys((*rule.slots, *averaged), own)
 
 
-def gathers(spec: ParameterSetSpec) -> bool:
+class Trigger(NamedTuple):
+    """What makes an update of accumulated pushes: so many, or so many samples."""
+
+    pushes: int = 0
+    samples: float = 0.0
+
+    @property
+    def divisor(self) -> float:
+        """What pushes are divided by as they are added up, so that their sum is about the mean."""
+        return self.samples or float(self.pushes)
+
+    def filled(self, pushes: int, samples: float) -> bool:
+        """Whether so many make an update."""
+        return pushes >= self.pushes if self.pushes else samples >= self.samples
+
+
+def trigger_of(policy: Policy, transforms: Transforms) -> Trigger:
+    """What makes an update by a policy and transforms."""
+    if isinstance(policy, Buffered):
+        return Trigger(pushes=policy.pushes or 0, samples=policy.samples or 0.0)
+    return Trigger(pushes=transforms.accumulate)
+
+
+def gathers(spec: ParameterSetSpec, policy: Policy) -> bool:
     """Whether gradients are made one in memory of the set, before they are read."""
     return (
-        (isinstance(spec.policy, Sync) and spec.policy.workers > 1)
-        or spec.transforms.accumulate > 1
+        (isinstance(policy, Sync) and policy.workers != 1)
+        or trigger_of(policy, spec.transforms) != Trigger(1)
+        or compensation(policy.staleness) is not Compensation.NONE
+        or spec.pushes is Pushes.PARAMETERS
+        or bool(spec.treatments)
         or isinstance(spec.transforms.clip, ClipAdaptive)
         or isinstance(rule_for(spec.optimizer), TensorRule)
     )

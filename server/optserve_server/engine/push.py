@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from optserve._errors import InvalidArgument, InvalidChunk, NonFiniteValue, Refusal, TensorMismatch
+from optserve._policies import check_samples
 from optserve._results import Position
 from optserve._rows import Indices
 from optserve._specification import Holds, ParameterSetSpec, Run, StateFormat, TensorSpec
@@ -65,13 +66,16 @@ class Push:
         base: Position | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         loss_scale: float = 1.0,
+        samples: float = 1.0,
     ) -> None:
         self.sequence = sequence
         self.base = base
         self.changes = changes or {}
         self.loss_scale = loss_scale
+        self.samples = samples
         self.refusal: Refusal | None = None
         self.digest = b""
+        self.released: Callable[[], None] | None = None  # what to do once its memory is free
         self.gradient_norm = 0.0
         self._spec = spec
         self._indices = indices
@@ -80,12 +84,16 @@ class Push:
         self._sparse: dict[int, SparseGradient] = {}
         try:
             check_loss_scale(self.loss_scale)
+            check_samples(self.samples)
             self._resolve(declared)
         except InvalidArgument as error:
             self.refuse(error)
             declared = ()  # nothing is made room for that was not registered
         self._registered = {k: index for index, k in self._gradients.items()}
         self._declared = declared
+        self.covers = tuple(
+            sorted((index, declared[k].rows is not None) for index, k in self._gradients.items() if declared)
+        )
         staged, formats = [each.staged for each in declared], [each.blocked for each in declared]
         self._staging = Staging(staged, threads, formats, guard=spec.guard)
 
@@ -93,6 +101,11 @@ class Push:
     def nbytes(self) -> int:
         """Size of the tensors that it will hold, in bytes; 1 if there are none."""
         return max(1, sum(tensor.spec.nbytes for tensor in self._staging.tensors))
+
+    @property
+    def indices(self) -> list[int]:
+        """The tensors that it has gradients of."""
+        return [index for index, _ in self.covers]
 
     @property
     def declared(self) -> Sequence[Declared]:
@@ -188,14 +201,21 @@ class Push:
                     self.gradient_norm = math.nan
                     return
                 self.digest = self._staging.digest(
-                    f"{sorted(self.changes.items())} {self.loss_scale} {self._row_digests()}"
+                    f"{sorted(self.changes.items())} {self.loss_scale} {self.samples} {self._row_digests()}"
                 )
                 self.gradient_norm = math.hypot(*self.norms.values()) / self.loss_scale
 
     def refuse(self, error: InvalidArgument) -> None:
         """Never apply it."""
         self.refusal = Refusal.of(error)
-        self._staging = Staging((), Threads(1))  # let go of what was received
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of what was received."""
+        self._staging = Staging((), Threads(1))
+        self._sparse = {}
+        if self.released is not None:
+            self.released()
 
     def _resolve(self, declared: Sequence[Declared]) -> None:
         spec = self._spec

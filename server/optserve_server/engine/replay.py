@@ -16,7 +16,11 @@ from optserve_server.engine.threads import Threads
 def pushed(event: Event, content: Content, begin: Callable[..., Push]) -> Push:
     """A push as it came."""
     push = begin(
-        event.pushes[0].receipt.sequence, content.declared, changes=event.changes, loss_scale=content.loss_scale
+        event.pushes[0].receipt.sequence,
+        content.declared,
+        changes=event.changes,
+        loss_scale=content.loss_scale,
+        samples=event.pushes[0].samples,
     )
     for received in content.received:
         push.add(received.runs, _joined(received.data), replace=received.replace)

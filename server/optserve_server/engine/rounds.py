@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optserve._errors import (
@@ -11,13 +11,16 @@ from optserve._errors import (
     OptserveError,
     RoundIncomplete,
     ServerDraining,
-    SessionSuperseded,
     TensorMismatch,
+    WorkerQuarantined,
 )
 from optserve._policies import Policy, Sync
 from optserve._transforms import SkipNonFinite, Transforms
 from optserve_server.engine.commit import Commit
+from optserve_server.engine.folding import Folded
+from optserve_server.engine.members import Members
 from optserve_server.engine.push import Push
+from optserve_server.engine.quarantine import Watch
 
 Changes = dict[str, dict[str, Any]]
 
@@ -25,52 +28,112 @@ Changes = dict[str, dict[str, Any]]
 class Rounds:
     """The round that is being gathered. Every method is called under the set's lock; who waits is woken by the caller."""
 
-    def __init__(self, policy: Policy, transforms: Transforms) -> None:
+    def __init__(self, policy: Policy, transforms: Transforms, members: Members) -> None:
         self._skips = isinstance(transforms.nonfinite, SkipNonFinite)
-        self.workers = policy.workers if isinstance(policy, Sync) else 1
-        self._seconds = policy.deadline if isinstance(policy, Sync) else math.inf
+        self._accumulates = transforms.accumulate > 1
+        self._members = members
         self._waiting: dict[str, Commit] = {}  # by client
         self._deadline = math.inf
+        self._quorum_since = math.inf
+        self._barred: Mapping[str, int] = {}
         self._draining = False
+        self.folded: Folded | None = None
+        self.policy = policy
+        self._watch = self._watch_of(policy)
 
     @property
-    def remaining(self) -> float:
-        """Seconds until the round is given up."""
-        return max(0.0, self._deadline - time.monotonic())
+    def sync(self) -> Sync | None:
+        """The policy, if pushes wait for each other."""
+        policy = self.policy
+        return policy if isinstance(policy, Sync) and policy.workers != 1 else None
 
-    def join(self, commit: Commit) -> list[Commit]:
-        """What a push makes ready to be decided on: the round that it completes, in the order of the workers' ids, or none.
+    @property
+    def folds(self) -> bool:
+        """Whether gradients are added up as they come, and let go of."""
+        return self.sync is not None and not self.sync.keeps and not self._accumulates
 
-        One that does not fit the others is refused, and then ready by itself. Raises ServerDraining.
-        """
-        if self.workers > 1:
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until something is due although nobody comes; None: never."""
+        due = min(self._deadline, self._quorum_over, self._members.next_end())
+        return max(0.0, due - time.monotonic()) if due < math.inf else None
+
+    def waits(self, commit: Commit) -> bool:
+        """Whether a push is one that waits for others: nothing is wrong with it, or all of its round is to be skipped."""
+        skipped = self._skips and commit.push.skippable
+        return self.sync is not None and commit.discarded is None and (commit.push.refusal is None or skipped)
+
+    def join(self, commit: Commit) -> None:
+        """Let a push wait for others; one that does not fit them is refused instead. Raises ServerDraining."""
+        if commit.discarded is None:  # else it may well be of other tensors than the present round
             self._check(commit.push)
-        skipped = self._skips and commit.push.skippable  # which skips the whole round
-        if self.workers == 1 or (commit.push.refusal is not None and not skipped):
-            return [commit]
-        if self._draining:
-            raise ServerDraining("the server is draining; try again once it is back")
+        if not self.waits(commit):
+            return
+        self.check_draining()
+        assert self.sync is not None
         if not self._waiting:
-            self._deadline = time.monotonic() + self._seconds
+            self._deadline = time.monotonic() + self.sync.deadline
+            self.folded = Folded(self.sync.workers or max(1, len(self._members)))
         self._waiting[commit.session.client_id] = commit
-        return self._take() if len(self._waiting) == self.workers else []
+        if self.sync.quorum is not None and len(self._waiting) == self.sync.quorum:
+            self._quorum_since = time.monotonic()
 
-    def withdraw(self, client_id: str) -> None:
-        """Take a client's push out of the round, since it has opened a newer stream and may send it again."""
-        commit = self._waiting.pop(client_id, None)
-        if commit is not None:
-            commit.fail(SessionSuperseded(f"client {client_id!r} opened a newer stream on this set"))
+    def refuse(self, commit: Commit, error: InvalidArgument) -> None:
+        """Take a push out of the round again, since it can't be added."""
+        self._waiting.pop(commit.session.client_id, None)
+        commit.push.refuse(error)
 
-    def expire(self) -> None:
-        """Give the round up if its time is over."""
-        if self._waiting and not self.remaining:
+    def has(self, client_id: str) -> bool:
+        """Whether a client's push waits."""
+        return client_id in self._waiting
+
+    def over(self, version: int) -> list[Commit]:
+        """The pushes of the round if it is over, in the order of the workers' ids; otherwise none.
+
+        One that has taken too long with too few is given up. The set is at a version.
+        """
+        if not self._waiting:
+            return []
+        self._barred = self.quarantined(version)
+        late = time.monotonic() >= self._deadline
+        if len(self._waiting) >= self._least and (late or self._complete or time.monotonic() >= self._quorum_over):
+            return self._take()
+        if late:
             there = ", ".join(map(repr, sorted(self._waiting)[:10]))
             self.give_up(
                 RoundIncomplete(
-                    f"expected pushes of {self.workers} workers within {self._seconds:g} s; {len(self._waiting)} came, of "
-                    f"{there}. Nothing was applied; push again"
+                    f"expected pushes of {self._expected} workers within {self.sync.deadline if self.sync else 0:g} s; "
+                    f"{len(self._waiting)} came, of {there}. Nothing was applied; push again"
                 )
             )
+        return []
+
+    def change(self, policy: Policy) -> None:
+        """Follow another policy; a round that is under way is given up."""
+        self.give_up(RoundIncomplete("the policy of this set has changed. Nothing was applied; push again"))
+        self.policy = policy
+        self._watch = self._watch_of(policy)
+
+    def judge(self, commit: Commit, version: int) -> None:
+        """Raises WorkerQuarantined for a push that is an outlier, or of a client whose were."""
+        if self._watch is not None and commit.push.refusal is None:
+            client_id, norm = commit.session.client_id, commit.push.gradient_norm
+            if (reason := self._watch.judge(client_id, norm, version)) is not None:
+                raise WorkerQuarantined(reason)
+
+    def accept(self, commits: Sequence[Commit]) -> None:
+        """Take note of pushes that became part of an update."""
+        if self._watch is not None:
+            self._watch.accept(commit.push.gradient_norm for commit in commits)
+
+    def quarantined(self, version: int) -> Mapping[str, int]:
+        """The clients whose pushes are discarded when the set is at a version."""
+        return self._watch.quarantined(version) if self._watch is not None else {}
+
+    def check_draining(self) -> None:
+        """Raises ServerDraining once nobody is to wait any more."""
+        if self._draining:
+            raise ServerDraining("the server is draining; try again once it is back")
 
     def drain(self) -> None:
         """Give the round up, and begin no other."""
@@ -84,10 +147,55 @@ class Rounds:
         for commit in self._take():
             commit.fail(type(error)(str(error)))  # each its own: it is raised in several threads
 
+    @property
+    def _quorum_over(self) -> float:
+        """When a round with a quorum waits no longer for others, in monotonic seconds."""
+        return self._quorum_since + (self.sync.grace if self.sync is not None else 0.0)
+
+    @property
+    def _needed(self) -> int:
+        """How many workers there are, if that is fixed, that nobody is in the place of."""
+        assert self.sync is not None
+        workers = self.sync.workers or 0
+        return workers - self._members.vacancies - len(self._members)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether all have pushed that could."""
+        assert self.sync is not None
+        workers = self.sync.workers
+        if workers is not None and len(self._waiting) >= workers:
+            return True
+        missing = any(client not in self._waiting and client not in self._barred for client in self._members)
+        return not missing and (workers is None or self._needed <= 0)
+
+    @property
+    def _least(self) -> int:
+        """How many pushes make an update at least."""
+        assert self.sync is not None
+        robust = self.sync.aggregation.least if self.sync.aggregation is not None else 1
+        if self.sync.quorum is not None:
+            return max(robust, self.sync.quorum)
+        if self.sync.workers is None or self._complete:
+            return robust
+        return max(robust, self.sync.workers)
+
+    @property
+    def _expected(self) -> str:
+        """Of how many workers pushes were expected, for people."""
+        assert self.sync is not None
+        if self.sync.quorum is None and self.sync.workers is not None:
+            return str(max(self.sync.workers - self._members.vacancies, 1))
+        return f"at least {self._least}"
+
+    def _watch_of(self, policy: Policy) -> Watch | None:
+        quarantine = policy.quarantine if isinstance(policy, Sync) else None
+        return Watch(quarantine) if quarantine is not None else None
+
     def _take(self) -> list[Commit]:
         together = [self._waiting[client] for client in sorted(self._waiting)]
         self._waiting.clear()
-        self._deadline = math.inf
+        self._deadline = self._quorum_since = math.inf
         return together
 
     def _check(self, push: Push) -> None:
@@ -95,20 +203,15 @@ class Rounds:
         others = [commit.push for commit in self._waiting.values() if commit.push.refusal is None]
         if push.refusal is None and others:
             try:
-                if _pushed(push) != _pushed(others[0]):
+                if push.covers != others[0].covers:
                     raise TensorMismatch(
-                        f"expected gradients of the {len(_pushed(others[0]))} tensors that the others of this round pushed, "
-                        f"row-sparse where theirs are; got {len(_pushed(push))}, or others. Push zeros for a tensor that is "
+                        f"expected gradients of the {len(others[0].covers)} tensors that the others of this round pushed, "
+                        f"row-sparse where theirs are; got {len(push.covers)}, or others. Push zeros for a tensor that is "
                         "not used"
                     )
                 merged_changes([*others, push])
             except InvalidArgument as error:
                 push.refuse(error)
-
-
-def _pushed(push: Push) -> list[tuple[int, bool]]:
-    """The tensors of a push, and which are row-sparse."""
-    return [*((index, False) for index in push.gradients), *((index, True) for index in push.sparse)]
 
 
 def merged_changes(pushes: Sequence[Push]) -> Changes:

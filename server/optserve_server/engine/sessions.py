@@ -24,7 +24,10 @@ class Kept(NamedTuple):
 
 @dataclass(slots=True)
 class Session:
-    """One worker's pushes into one set under one server-issued epoch; up to `durable_sequence` on stable storage."""
+    """One worker's pushes into one set under one server-issued epoch; up to `durable_sequence` on stable storage.
+
+    It was last heard of when it was `seen`, in monotonic seconds; nothing is expected of it while it `waits` for others.
+    """
 
     client_id: str
     epoch: int
@@ -32,6 +35,8 @@ class Session:
     durable_sequence: int = 0
     receipts: OrderedDict[int, Kept] = field(default_factory=OrderedDict)
     stream: object = None
+    seen: float = field(default_factory=time.monotonic)
+    waits: bool = False
 
     @property
     def last_receipt(self) -> Receipt | None:
@@ -42,6 +47,10 @@ class Session:
     def last_event(self) -> int:
         """The event with that receipt, or 0."""
         return self.receipts[self.last_sequence].event if self.receipts else 0
+
+    def heard(self, *, waits: bool) -> None:
+        """Take note that the worker is alive now, and whether it is made to wait from now on."""
+        self.seen, self.waits = time.monotonic(), waits
 
     def check_stream(self, stream: object) -> None:
         """Raises SessionSuperseded if another stream has taken the session over."""
@@ -124,6 +133,7 @@ class Sessions:
             known = self.forgotten < epoch <= time.time_ns() + CLOCK_SKEW
             session = self._begin(client_id, epoch if known else 0, session)
         session.stream = stream
+        session.seen = time.monotonic()
         self.touch(session)
         return session
 

@@ -92,7 +92,7 @@ def chosen(spec: ParameterSetSpec) -> dict[str, SlotFormat]:
     rule = rule_for(spec.optimizer)
     if spec.state is StateFormat.FULL or not isinstance(rule, Rule):
         return {}
-    exact = {*rule.exact, *rule.copies, *rule.initial(spec.optimizer)}  # arenas of a format begin as zeros
+    exact = {*rule.exact, *rule.copies, *rule.initial(spec.optimizer.at(0))}  # arenas of a format begin as zeros
     formats = dict.fromkeys(AVERAGES, _AVERAGES[spec.state]) | dict.fromkeys(AVERAGE_SQUARES, _SQUARES[spec.state])
     return {name: formats[name] for name in rule.slots if name in formats and name not in exact}
 

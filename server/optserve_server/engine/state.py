@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from optserve._policies import ASYNC, Policy
 from optserve._results import Change, GroupDescription, Position
 from optserve._specification import ParameterSetSpec
 from optserve._state import GRADIENT, PARAMETERS, Shape
@@ -23,10 +24,10 @@ from optserve_server.engine.sessions import Session
 class State:
     """A set at a position, after a number of `events`.
 
-    `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be; `arenas` the
-    parameters (absent in a set that holds moments only), the slots by name and the mean that pushes accumulate in; `sessions`
-    who has pushed what, and `forgotten` the last epoch that is over; `undone` the first and last events of each part of
-    history that was rewound; `keys` those of each table, by its index, in the order of its rows.
+    `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be, `policy` the
+    one in force; `arenas` the parameters (absent in a set that holds moments only), the slots by name and the mean that pushes
+    accumulate in; `sessions` who has pushed what, and `forgotten` the last epoch that is over; `undone` the first and last
+    events of each part of history that was rewound; `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
@@ -40,6 +41,7 @@ class State:
     forgotten: int
     events: int = 0
     undone: tuple[tuple[int, int], ...] = ()
+    policy: Policy = ASYNC
     keys: dict[int, list[int]] = field(default_factory=dict)
 
     @property

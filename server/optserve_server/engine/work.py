@@ -40,13 +40,17 @@ class Update:
     """All the work of an update, in order, and the memory that each updated tensor has after it.
 
     What comes before is to `gather` gradients in memory of the set: this work changes nothing else, and `gathered` is what
-    then lies there.
+    then lies there. If that is `recorded`, history keeps it instead of what was pushed. `samples` are those of all pushes so
+    far that make this update, or a later one, each divided by `divisor`.
     """
 
     work: Sequence[Work]
     memories: Mapping[int, Memory]
     gather: Sequence[Work] = ()
     gathered: "Gathered | None" = None
+    recorded: bool = False
+    samples: float = 0.0
+    divisor: float = 0.0
 
 
 def check_computable(values: Iterable[float], compute: ComputeType) -> None:

@@ -11,6 +11,7 @@ from optserve._messages import (
     encode_pushed_tensor,
     encode_receipt,
 )
+from optserve._policy_messages import decode_policy, encode_policy
 from optserve._specification import Run
 from optserve.v1 import journal_pb2, tensor_pb2
 from optserve_server.engine.history import Content, Event, Pushed
@@ -26,6 +27,8 @@ def encode(event: Event) -> tuple[bytes, Sequence[Any]]:
         pushes=[_encode_push(each) for each in event.pushes],
         hyperparameters=encode_changes(event.changes),
     )
+    if event.policy is not None:
+        message.policy.CopyFrom(encode_policy(event.policy))
     if event.content is None:
         return message.SerializeToString(), ()
     content = event.content
@@ -53,6 +56,7 @@ def decode(encoded: bytes, data: memoryview) -> Event:
         [_decode_push(each) for each in message.pushes],
         _decode_content(message, data) if message.tensors else None,
         decode_changes(message.hyperparameters),
+        decode_policy(message.policy) if message.HasField("policy") else None,
     )
 
 
@@ -73,9 +77,14 @@ def _runs(chunk: tensor_pb2.Chunk) -> list[Run]:
 
 def _encode_push(pushed: Pushed) -> journal_pb2.JournaledPush:
     return journal_pb2.JournaledPush(
-        client_id=pushed.client_id, epoch=pushed.epoch, digest=pushed.digest, receipt=encode_receipt(pushed.receipt)
+        client_id=pushed.client_id,
+        epoch=pushed.epoch,
+        digest=pushed.digest,
+        receipt=encode_receipt(pushed.receipt),
+        samples=pushed.samples,
     )
 
 
 def _decode_push(message: journal_pb2.JournaledPush) -> Pushed:
-    return Pushed(message.client_id, message.epoch, message.digest, decode_receipt(message.receipt))
+    receipt = decode_receipt(message.receipt)
+    return Pushed(message.client_id, message.epoch, message.digest, receipt, message.samples or 1.0)

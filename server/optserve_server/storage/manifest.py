@@ -25,15 +25,16 @@ from optserve._messages import (
     encode_receipt,
     encode_spec,
 )
+from optserve._policy_messages import decode_policy, encode_policy
 from optserve._results import Change, Position
 from optserve.optim import Optimizer
-from optserve.v1 import optimizer_pb2, parameter_set_pb2, step_pb2
+from optserve.v1 import optimizer_pb2, parameter_set_pb2, policy_pb2, step_pb2
 from optserve_server.engine.pipeline import Progress
 from optserve_server.engine.sessions import Kept, Session
 from optserve_server.engine.state import State
 from optserve_server.storage.tensors import Damaged, Entry
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def to_bytes(manifest: Manifest) -> bytes:
             "events": state.events,
             "undone": state.undone,
             "create_time": state.create_time.isoformat(),
+            "policy": json_format.MessageToDict(encode_policy(state.policy)),
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
@@ -93,6 +95,7 @@ def from_bytes(data: bytes) -> Manifest:
         spec=decoded,
         position=Position(record["incarnation"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
+        policy=decode_policy(json_format.ParseDict(record["policy"], policy_pb2.Policy())),
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         changes=[_to_change(each) for each in record["changes"]],
         arenas={},
@@ -117,6 +120,9 @@ def _from_progress(progress: Progress) -> dict[str, Any]:
         "accumulated": progress.accumulated,
         "accumulating": progress.accumulating,
         "skipped": progress.skipped,
+        "samples": progress.samples,
+        "divisor": progress.divisor,
+        "staleness": list(progress.staleness.items()),
     }
 
 
@@ -128,6 +134,9 @@ def _to_progress(record: Any) -> Progress:
         accumulated=record["accumulated"],
         accumulating=tuple(record["accumulating"]),
         skipped=record["skipped"],
+        samples=record["samples"],
+        divisor=record["divisor"],
+        staleness=dict(record["staleness"]),
     )
 
 

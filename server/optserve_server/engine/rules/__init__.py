@@ -19,7 +19,17 @@ from typing import Any
 from optserve import optim
 from optserve._errors import UnknownRule
 from optserve.optim import Optimizer
-from optserve_server.engine.rules import adam, adaptive, automatic, factored, layerwise, momentum, orthogonal, own
+from optserve_server.engine.rules import (
+    adam,
+    adaptive,
+    automatic,
+    factored,
+    federated,
+    layerwise,
+    momentum,
+    orthogonal,
+    own,
+)
 from optserve_server.engine.rules.rule import (
     AVERAGE_SQUARES,
     AVERAGES,
@@ -47,7 +57,14 @@ __all__ = [
 
 # By optimizer: its rule, or a function from its flags to one of several. A subclass has its parent's.
 RULES = (
-    momentum.RULES | adaptive.RULES | adam.RULES | layerwise.RULES | factored.RULES | automatic.RULES | orthogonal.RULES
+    momentum.RULES
+    | adaptive.RULES
+    | adam.RULES
+    | layerwise.RULES
+    | factored.RULES
+    | automatic.RULES
+    | orthogonal.RULES
+    | federated.RULES
 )
 
 
