@@ -21,7 +21,7 @@ def python(module: str, *arguments: str) -> AbstractContextManager[Child]:
 
 
 @contextmanager
-def server(listen: str = "127.0.0.1:0") -> Iterator[tuple[str, Child]]:
+def server(listen: str = "127.0.0.1:0", *arguments: str) -> Iterator[tuple[str, Child]]:
     """`optserve serve` with nothing on the disk: its address, and its process."""
-    with python("optserve_server", "serve", "--listen", listen, "--log-level", "error") as process:
+    with python("optserve_server", "serve", "--listen", listen, "--log-level", "error", *arguments) as process:
         yield process.read_line().removeprefix(processes.LISTENING), process

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import optserve
 from benchmarks.children import python, server
 from benchmarks.durability import resident
 from benchmarks.measure import Timing, keep
 from benchmarks.ours.worker import TENSOR
+from benchmarks.tables import table
 from benchmarks.units import count, duration
 from optserve import Async, Policy, Sync, optim
 from optserve_server.demo.processes import Child
@@ -55,8 +54,6 @@ class Crowd:
         answers = [json.loads(process.read_line()) for process in self.processes]
         workers = [worker for answer in answers for worker in answer]
         begin, end = max(worker[0][0] for worker in workers), min(worker[-1][0] for worker in workers)
-        b0=min(w[0][0]-w[0][1] for w in workers)
-        print(self.workers, "first ends", begin-b0, "first through", end-b0, "last through", max(w[-1][0] for w in workers)-b0)
         together = sum(begin < ended <= end for worker in workers for ended, _ in worker)
         return Turn([seconds for worker in workers for _, seconds in worker], (end - begin) / together)
 
@@ -83,10 +80,10 @@ def crowd(workers: int, policy: Policy) -> Iterator[Crowd]:
         yield Crowd(workers, process, processes)
 
 
-def measured(policies: dict[int, Policy], rounds: int, pushes: int) -> dict[str, Any]:
-    """Crowds of these sizes in turns: seconds for one push, of all pushes, and the memory of their servers."""
+def measured(policy: Policy, rounds: int, pushes: int) -> dict[str, Any]:
+    """Both crowds in turns: seconds for one push, of all pushes, and the memory of their servers."""
     with ExitStack() as stack:
-        crowds = [stack.enter_context(crowd(workers, policy)) for workers, policy in policies.items()]
+        crowds = [stack.enter_context(crowd(workers, policy)) for workers in (FEW, MANY)]
         started = {each.workers: each.memory("VmRSS") for each in crowds}
         for each in crowds:
             each.push(pushes)
@@ -107,10 +104,10 @@ def measured(policies: dict[int, Policy], rounds: int, pushes: int) -> dict[str,
 
 def run(*, short: bool) -> None:
     """Measure, show, and keep the figures unless they are of a short run."""
-    rounds, pushes = (2, 2048) if short else (ROUNDS, PUSHES)
+    rounds, pushes = (2, 4096) if short else (ROUNDS, PUSHES)
     figures = {
-        "async": measured({FEW: Async(), MANY: Async()}, rounds, pushes),
-        "sync": measured({FEW: Sync(FEW), MANY: Sync(MANY)}, rounds, pushes),
+        "Async()": measured(Async(), rounds, pushes),
+        "Sync()": measured(Sync(), rounds, pushes),
     }
     _show(figures)
     if not short:
@@ -124,20 +121,20 @@ def _quantiles(turns: Sequence[Turn]) -> dict[str, float]:
 
 def _show(figures: dict[str, Any]) -> None:
     console = Console()
-    title = f"{count(SIZE)} float32 parameters under Adam, pushed by a crowd"
-    columns = ("", "workers", "pushes/s", "a push: median", "p99", "server's memory", "more than at the start, by worker")
-    table = Table(*columns, title=title, box=box.SIMPLE)
+    columns = ("workers", "pushes/s", "a push: median", "99 %", "worst", "server's memory", "by worker")
+    shown = table(f"{count(SIZE)} float32 parameters under Adam, pushed by a crowd", "", *columns)
     for policy, crowds in figures.items():
-        for workers in (FEW, MANY):
-            found = crowds[str(workers)]
-            latency, memory = found["latency"], found["memory"]
-            more = (memory["at most"] - memory["at the start"]) / workers
-            rate = 1 / statistics.median(found["seconds"])
-            sizes = (f"{memory['at most'] / 1e6:.0f} MB", f"{more / 1e6:.1f} MB")
-            table.add_row(
-                policy, str(workers), f"{rate:.0f}", duration(latency["median"]), duration(latency["p99"]), *sizes
+        for workers, found in crowds.items():
+            most = found["memory"]["at most"]
+            shown.add_row(
+                policy,
+                workers,
+                f"{1 / statistics.median(found['seconds']):.0f}",
+                *(duration(found["latency"][part]) for part in ("median", "p99", "worst")),
+                f"{most / 1e6:.0f} MB",
+                f"{(most - found['memory']['at the start']) / int(workers) / 1e6:.1f} MB",
             )
-    console.print(table)
+    console.print(shown)
     for policy, crowds in figures.items():
         few, many = (Timing(tuple(crowds[str(workers)]["seconds"])) for workers in (FEW, MANY))
         low, median, high = few.ratio(many)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
-from benchmarks.children import python
+from benchmarks.children import ENVIRONMENT, python
 from benchmarks.relay import TUN, address_of_hub
 from optserve_server.demo.processes import Child
 
@@ -85,7 +85,20 @@ def isolated(module: str, *arguments: str) -> None:
     """Run `python -m module arguments` in a network of its own, where `network` works; raises NoLink, CalledProcessError."""
     if os.geteuid() != 0 or not TUN.exists():
         raise NoLink(f"expected Linux, root and {TUN}, to emulate links")
-    subprocess.run(["unshare", "--net", sys.executable, "-m", module, *arguments], check=True)
+    command = [
+        "unshare",
+        "--net",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+        sys.executable,
+        "-P",
+        "-m",
+        module,
+        *arguments,
+    ]
+    subprocess.run(command, env=os.environ | ENVIRONMENT, check=True)
 
 
 @contextmanager

@@ -29,8 +29,7 @@ def main(address: str, set_id: str, first: str, count: str, size: str) -> None:
         sets = []
         for worker in workers:
             client = stack.enter_context(optserve.Client(address, transport="stream"))
-            sets.append(client.parameter_set(set_id, client_id=f"worker-{worker}"))
-        list(threads.map(ParameterSet.pull, sets))  # opens their streams
+            sets.append(stack.enter_context(client.parameter_set(set_id).worker(f"worker-{worker}")))
         print("ready", flush=True)
         for line in sys.stdin:
             print(json.dumps(list(threads.map(push, sets, gradients, [int(line)] * len(workers)))), flush=True)

@@ -27,7 +27,9 @@ TUN = Path("/dev/net/tun")
 TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 CHECKSUMS, SEGMENTATION = 0x01, 0x02  # of TCP over IPv4: what a network card does
-OFFLOAD = struct.Struct("<BBHHHH")  # virtio's header: flags, kind, header length, segment size, checksum's start and place
+OFFLOAD = struct.Struct(
+    "<BBHHHH"
+)  # virtio's header: flags, kind, header length, segment size, checksum's start and place
 NETWORK = "198.18"  # for measurements: RFC 2544
 CONGESTION_CONTROL = "cubic"  # Linux's own default, for connections over these links
 LARGEST = (64 << 10) + OFFLOAD.size

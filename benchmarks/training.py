@@ -18,6 +18,19 @@ LOOK = 0.2  # seconds between two looks at the parameters
 
 
 @dataclass(frozen=True, kw_only=True)
+class Local:
+    """A worker's own Adam, whose learning rate falls in a straight line to zero over `decay` steps, or stays.
+
+    Every so many steps the worker says how far that has led, and trains on for `delay` steps until it takes over the answer.
+    """
+
+    every: int
+    lr: float
+    decay: float = math.inf
+    delay: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker is told to do: `steps` gradients of `batch` images each, unless the set is deleted before.
 
@@ -29,25 +42,35 @@ class Job:
     set_id: str
     worker: int
     seed: int
-    steps: int
     batch: int
+    steps: int
     push_format: str | None = None
     pull_format: str | None = None
+    local: Local | None = None
     pace: float = 0.0
     jitter: float = 0.0
+
+    @classmethod
+    def of(cls, line: str) -> "Job":
+        """From JSON."""
+        job = cls(**json.loads(line))
+        return replace(job, local=Local(**job.local)) if isinstance(job.local, dict) else job
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a worker did: when it was through, in seconds of the monotonic clock, and what its own seconds went to."""
+    """What a worker did: when it was through, in seconds of the monotonic clock, and what its own seconds went to.
+
+    `version`, `staleness` and `outcome` are those of a push whose answer came, if one did.
+    """
 
     at: float
     computing: float
     exchanging: float
     loss: float
-    version: int
-    staleness: int | None
-    outcome: str
+    version: int | None = None
+    staleness: int | None = None
+    outcome: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,13 +117,10 @@ def images() -> tuple[digits.Images, digits.Images]:
 
 def train(weights: ParameterSet, children: Sequence[Child], jobs: Sequence[Job], limit: float = math.inf) -> Course:
     """Let processes that run `WORKER` do their jobs on a set, then delete it; after `limit` seconds at the latest."""
-    for child, job in zip(children, jobs, strict=True):
-        child.write_line(json.dumps(asdict(job)))
-    for child in children:
-        child.read_line()
+    ready(children, jobs)
     with ThreadPoolExecutor(len(children)) as readers:
         began = time.monotonic()
-        workers = [readers.submit(_work, child, began) for child in children]
+        workers = [readers.submit(work, child, began) for child in children]
         try:
             looks = list(_looks(weights, workers, began, limit))
         finally:
@@ -108,15 +128,22 @@ def train(weights: ParameterSet, children: Sequence[Child], jobs: Sequence[Job],
         return Course([worker.result() for worker in workers], looks)
 
 
-def _work(child: Child, began: float) -> list[Step]:
+def ready(children: Sequence[Child], jobs: Sequence[Job]) -> None:
+    """Give workers their jobs; they are members of the set then, and wait."""
+    for child, job in zip(children, jobs, strict=True):
+        child.write_line(json.dumps(asdict(job)))
+    for child in children:
+        child.read_line()
+
+
+def work(child: Child, began: float) -> list[Step]:
+    """Let a worker do its job: its steps, at seconds after the beginning."""
     child.write_line(GO)
     steps = [Step(**json.loads(line)) for line in iter(child.read_line, DONE)]
     return [replace(step, at=step.at - began) for step in steps]
 
 
-def _looks(
-    weights: ParameterSet, workers: Sequence[Future[list[Step]]], began: float, limit: float
-) -> Iterator[Look]:
+def _looks(weights: ParameterSet, workers: Sequence[Future[list[Step]]], began: float, limit: float) -> Iterator[Look]:
     """Each version that is found until all workers are through."""
     _, test = images()
     newest: Parameters | None = None

@@ -47,9 +47,7 @@ def load() -> tuple[Images, Images]:
     )
 
 
-def initial_parameters(
-    seed: int, dtype: DTypeLike = np.float32, widths: Sequence[int] = WIDTHS
-) -> dict[str, Array]:
+def initial_parameters(seed: int, dtype: DTypeLike = np.float32, widths: Sequence[int] = WIDTHS) -> dict[str, Array]:
     """Weights, (inputs, outputs), with He's variance 2 / inputs, and biases of zero."""
     random = np.random.default_rng(seed)
     parameters: dict[str, Array] = {}
