@@ -85,6 +85,7 @@ class ParameterSet:
         self._groups = resolve(spec)
         self._first_groups = at(self._groups, 0)  # for compiling loops; raises for a schedule that begins out of range
         self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self._policy_since: int | None = None
         self._position = Position(incarnation, 0)
         self._events = 0
         self._undone: tuple[tuple[int, int], ...] = ()
@@ -247,6 +248,7 @@ class ParameterSet:
             self._groups = groups
             if policy is not None:
                 self._follow(policy)
+                self._policy_since = self._position.version
             self._events = event.number
             self._broken = False
             self._changed.notify_all()
@@ -591,6 +593,7 @@ class ParameterSet:
                 events=self._events,
                 undone=self._undone,
                 policy=self._rounds.policy,
+                policy_since=self._policy_since,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
@@ -615,6 +618,7 @@ class ParameterSet:
         self._progress = state.progress.copy()
         self._pipeline.make_room(state.policy, accumulated=state.progress.accumulated)
         self._follow(state.policy)
+        self._policy_since = state.policy_since
         self._sessions.restore(state.sessions, state.forgotten)
 
     def repeat(self, event: Event) -> None:
@@ -641,6 +645,7 @@ class ParameterSet:
             if event.policy is not None:
                 self._pipeline.make_room(event.policy)
                 self._follow(event.policy)
+                self._policy_since = self._position.version
             self._events = event.number
             for each in event.pushes:
                 self._sessions.resume(each.client_id, each.epoch).record(each.digest, each.receipt, event.number)
