@@ -163,7 +163,6 @@ class World:
         staging.finish()
         self.set.load(staging)
         self.set.keep(self)
-        self.stage.direct(self.set)
 
     # What the set tells its log.
 

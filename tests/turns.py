@@ -1,7 +1,7 @@
 """Threads that take turns under a clock that stands still, so that what they do depends on nothing but who goes on when.
 
-A `Stage` takes the place of the time and of the lock's condition that a parameter set waits on. Its tasks are threads of which
-one runs at a time, from when it is told to until it waits, pauses or ends.
+A `Stage` takes the place of the time, and of the conditions that a parameter set waits on. Its tasks are threads of which one runs
+at a time, from when it is told to until it waits, pauses or ends.
 """
 
 import enum
@@ -101,15 +101,13 @@ class Condition:
         self._waiting = [each for each in self._waiting if each is not task]
         return True
 
-    def notify(self) -> None:
-        """As that of `threading`, of a condition on which one waits."""
-        self.notify_all()
-
     def notify_all(self) -> None:
         """Let all go on that wait."""
         for task in self._waiting:
             if task.progress is Progress.WAITS:
                 task.progress = Progress.READY
+
+    notify = notify_all  # where one waits at most
 
 
 class Stage:
@@ -127,7 +125,8 @@ class Stage:
     def __enter__(self) -> Self:
         for module in TIMED:
             self._patch.setattr(module, "time", self)
-        self._patch.setattr(parameter_set, "threading", SimpleNamespace(Condition=self.condition, Lock=threading.Lock))
+        waits = SimpleNamespace(Lock=threading.Lock, Condition=lambda lock: Condition(self, lock))
+        self._patch.setattr(parameter_set, "threading", waits)
         return self
 
     def __exit__(
@@ -147,14 +146,6 @@ class Stage:
     def time_ns(self) -> int:
         """Likewise."""
         return round(self.now * 1e9)
-
-    def direct(self, each: parameter_set.ParameterSet) -> None:
-        """Let calls of a set wait here."""
-        each._changed = self.condition(each._lock)  # type: ignore[assignment]
-
-    def condition(self, lock: threading.Lock) -> Condition:
-        """What `threading.Condition` is for the engine."""
-        return Condition(self, lock)
 
     def begin(self, call: Callable[[], Any]) -> Task:
         """A task that is ready to run."""

@@ -76,8 +76,8 @@ class Members:
         return lapsed
 
     def next_end(self) -> float:
-        """When the next lease may end, in monotonic seconds."""
-        return min(map(self._end, self._members.values()), default=time.monotonic() + self._lease)
+        """When the next lease may end, in monotonic seconds; one may begin now, as a worker joins or waits no more."""
+        return min([time.monotonic() + self._lease, *map(self._end, self._members.values())])
 
     def barred(self, client_id: str) -> int | None:
         """The version at which a worker was counted as gone, unless it has pushed since."""
