@@ -89,7 +89,7 @@ class StepStream:
                     yield self._barrier(message.barrier)
                 if message.leave:
                     parameter_set, session = self._opened("leave")
-                    parameter_set.leave(session)
+                    parameter_set.leave(session, self)
                     yield Frame(StepResponse(left=True))
                 self._heard()
                 if self._push is not None:
@@ -254,7 +254,7 @@ class StepStream:
     def _heard(self) -> None:
         """Take note of the worker's being alive."""
         if self._session is not None:
-            self._session.heard(waits=False)
+            self._session.heard(self, waits=False)
 
     def _taken(self, payloads: Iterable[Payload]) -> Iterator[Payload]:
         """Payloads: that the next one is asked for says that the worker takes them."""

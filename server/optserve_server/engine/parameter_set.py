@@ -286,7 +286,7 @@ class ParameterSet:
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
                 self._join(session)
-            self._barrier.depart(client_id)  # where its older stream may wait
+            self._changed.notify_all()  # its older stream may wait
         self._log.wait(session.last_event)
         return session
 
@@ -361,7 +361,7 @@ class ParameterSet:
         """
         commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
-        session.waits = True
+        session.heard(stream, waits=True)
         with self._lock:
             while not commit.done:
                 if self._commits:
@@ -373,7 +373,7 @@ class ParameterSet:
                     commit.decided = threading.Condition(self._lock)
                     commit.decided.wait(self._rounds.remaining)
                     self._end_round()
-        session.heard(waits=False)
+        session.heard(stream, waits=False)
         if commit.error is not None:
             try:
                 raise commit.error
@@ -417,8 +417,8 @@ class ParameterSet:
         with self._lock:
             while isinstance(policy := self._rounds.policy, BoundedStaleness):
                 self._check_alive()
-                self._rounds.check_draining()
                 session.check_stream(stream)
+                self._rounds.check_draining()
                 self._end_round()
                 behind = self._members.behind(session, policy.bound)
                 left = begin + policy.deadline - time.monotonic()
@@ -427,10 +427,11 @@ class ParameterSet:
                 if left <= 0:
                     for client_id in behind:
                         self._dismiss(client_id)
+                    self._changed.notify_all()
                     break
-                session.waits = True
+                session.heard(stream, waits=True)
                 self._changed.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
-            session.heard(waits=False)
+            session.heard(stream, waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
         """Return once all members have come to the barrier after `known` others; how many there were then.
@@ -442,22 +443,21 @@ class ParameterSet:
         with self._lock:
             self._check_alive()
             session.check_stream(stream)
+            session.heard(stream, waits=True)
             self._join(session)
             known = min(max(known, session.barriers or 0), self._barrier.passed)
-            self._barrier.arrive(session.client_id)
+            self._barrier.arrive(session.client_id, stream)
             try:
                 while self._barrier.passed <= known:
+                    self._check_alive()
                     session.check_stream(stream)
                     self._rounds.check_draining()
-                    if left := self._barrier.check(session.client_id, deadline):
-                        session.waits = True
-                        self._changed.wait(left)
-                        self._check_alive()
-                        self._end_round()
+                    self._end_round()
+                    if not self._barrier.opened():
+                        self._changed.wait(self._barrier.remaining(session.client_id, deadline))
             finally:
-                if session.stream is stream:  # else its newer one may have arrived
-                    self._barrier.depart(session.client_id)
-                    session.heard(waits=False)
+                self._barrier.depart(session.client_id, stream)
+                session.heard(stream, waits=False)
                 self._changed.notify_all()
             return self._barrier.passed
 
@@ -466,9 +466,10 @@ class ParameterSet:
         """How many barriers there were."""
         return self._barrier.passed
 
-    def leave(self, session: Session) -> None:
-        """Be no member any more: nobody waits for this worker."""
+    def leave(self, session: Session, stream: object) -> None:
+        """Be no member any more: nobody waits for this worker. Raises SessionSuperseded."""
         with self._lock:
+            session.check_stream(stream)
             self._dismiss(session.client_id)
             self._end_round()
             self._changed.notify_all()

@@ -50,9 +50,10 @@ class Session:
         """The event with that receipt, or 0."""
         return self.receipts[self.last_sequence].event if self.receipts else 0
 
-    def heard(self, *, waits: bool) -> None:
-        """Take note that the worker is alive now, and whether it is made to wait from now on."""
-        self.seen, self.waits = time.monotonic(), waits
+    def heard(self, stream: object, *, waits: bool) -> None:
+        """Take note that the worker is alive, and whether it is made to wait from now on. Older streams say nothing of it."""
+        if self.stream is stream:
+            self.seen, self.waits = time.monotonic(), waits
 
     def check_stream(self, stream: object) -> None:
         """Raises SessionSuperseded if another stream has taken the session over."""
@@ -137,7 +138,7 @@ class Sessions:
             known = self.forgotten < epoch <= time.time_ns() + CLOCK_SKEW
             session = self._begin(client_id, epoch if known else 0, session)
         session.stream = stream
-        session.seen = time.monotonic()
+        session.heard(stream, waits=False)
         self.touch(session)
         return session
 
