@@ -1,7 +1,7 @@
 """One Step stream: messages in, answers out, in the order that `step.proto` lays down."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
@@ -89,7 +89,7 @@ class StepStream:
                     yield self._barrier(message.barrier)
                 if message.leave:
                     parameter_set, session = self._opened("leave")
-                    parameter_set.leave(session)
+                    parameter_set.leave(session, self)
                     yield Frame(StepResponse(left=True))
                 self._heard()
                 if self._push is not None:
@@ -215,7 +215,7 @@ class StepStream:
                         keys = snapshot.keys[index]
                         frame.message.parameters.tables.add(tensor=place, count=len(keys))
                         tensors.append((len(tensors), bytes_of(keys), keys.itemsize))
-                frame = yield from spread(frame, pack(tensors))
+                frame = yield from spread(frame, self._taken(pack(tensors)))
             frame.message.end = True
             yield frame
 
@@ -249,12 +249,18 @@ class StepStream:
     def _await_turn(self) -> None:
         """Wait for slower workers, as the policy has it."""
         parameter_set, session = self._opened("pull")
-        parameter_set.await_turn(session)
+        parameter_set.await_turn(session, self)
 
     def _heard(self) -> None:
         """Take note of the worker's being alive."""
         if self._session is not None:
-            self._session.heard(waits=False)
+            self._session.heard(self, waits=False)
+
+    def _taken(self, payloads: Iterable[Payload]) -> Iterator[Payload]:
+        """Payloads: that the next one is asked for says that the worker takes them."""
+        for payload in payloads:
+            self._heard()
+            yield payload
 
     def _let_go(self) -> None:
         """What the worker held in shared memory may change."""

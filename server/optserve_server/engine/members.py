@@ -1,7 +1,6 @@
 """Members: the workers of a set that others wait for, as long as something is heard of them."""
 
 import datetime
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,8 +76,8 @@ class Members:
         return lapsed
 
     def next_end(self) -> float:
-        """When the next lease ends, in monotonic seconds."""
-        return min(map(self._end, self._members.values()), default=math.inf)
+        """When the next lease may end, in monotonic seconds; one may begin now, as a worker joins or waits no more."""
+        return min([time.monotonic() + self._lease, *map(self._end, self._members.values())])
 
     def barred(self, client_id: str) -> int | None:
         """The version at which a worker was counted as gone, unless it has pushed since."""
@@ -120,4 +119,5 @@ class Members:
         ]
 
     def _end(self, member: Member) -> float:
-        return math.inf if member.session.waits else member.session.seen + self._lease
+        """When a lease ends; while its worker is made to wait, never sooner than in a whole one."""
+        return (time.monotonic() if member.session.waits else member.session.seen) + self._lease

@@ -23,6 +23,7 @@ from optserve._errors import (
     Refusal,
     ServerBusy,
     ServerError,
+    SessionSuperseded,
     TooStale,
     WorkerQuarantined,
 )
@@ -103,6 +104,7 @@ class ParameterSet:
         self.lease = lease
         self._rounds = Rounds(spec.policy, spec.transforms, self._members)
         self._barrier = Barrier(self._members)
+        self._opening: dict[str, object] = {}  # the last stream of each client that waits to be opened
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._pipeline = Pipeline(spec, self.layout)
@@ -229,14 +231,18 @@ class ParameterSet:
             check_policy(self.spec, policy)
         with self._lock:
             self._check_alive()
-            if policy is not None:
-                self._make_room(policy)
             groups = change(self._groups, changes)
             for group in groups:
                 if group.name in changes:
                     group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
             event = Event(self._events + 1, self._position.version, changes=changes, policy=policy)
-            self._log.append([event])
+            try:
+                if policy is not None:
+                    self._make_room(policy)
+                self._log.append([event])
+            except BaseException:
+                self._pipeline.settle(self._progress.accumulated)
+                raise
             self._broken = True
             self._changes.extend(differences(self._groups, groups, self._position.version))
             self._groups = groups
@@ -268,15 +274,43 @@ class ParameterSet:
         """
         with self._lock:
             self._check_alive()
-            while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
-                self._changed.wait(self._rounds.remaining)
-                self._end_round()
-                self._check_alive()
+            self._opening[client_id] = stream
+            self._changed.notify_all()
+            try:
+                while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
+                    self._changed.wait(self._rounds.remaining)
+                    self._end_round()
+                    self._check_alive()
+                    self._check_opening(client_id, stream)
+            finally:
+                if self._opening.get(client_id) is stream:
+                    del self._opening[client_id]
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
-                self._members.join(session)
+                self._join(session)
+            self._changed.notify_all()  # its older stream may wait
         self._log.wait(session.last_event)
         return session
+
+    def _check_opening(self, client_id: str, stream: object) -> None:
+        """Raises SessionSuperseded if a later stream of the client waits here as well: its worker has given this one up."""
+        if self._opening.get(client_id) is not stream:
+            raise SessionSuperseded(
+                f"client {client_id!r} opened a newer stream on this set; use one handle per worker"
+            )
+
+    def _join(self, session: Session) -> None:
+        """Let a worker be a member, or stay one; who makes room for it is gone."""
+        if session.barriers is None:
+            session.barriers = self._barrier.passed
+        if session.client_id not in self._members:
+            self._lapse()
+        self._members.join(session)
+
+    def _lapse(self) -> None:
+        """Let those go whose leases have ended."""
+        for client_id in self._members.lapse(self._position.version):
+            self._pipeline.bases.let_go(client_id)
 
     def begin(
         self,
@@ -329,7 +363,7 @@ class ParameterSet:
         """
         commit = Commit(session, stream, push, pull, held, dtype)
         self._commits.append(commit)
-        session.waits = True
+        session.heard(stream, waits=True)
         with self._lock:
             while not commit.done:
                 if self._commits:
@@ -341,7 +375,7 @@ class ParameterSet:
                     commit.decided = threading.Condition(self._lock)
                     commit.decided.wait(self._rounds.remaining)
                     self._end_round()
-        session.heard(waits=False)
+        session.heard(stream, waits=False)
         if commit.error is not None:
             try:
                 raise commit.error
@@ -358,12 +392,14 @@ class ParameterSet:
 
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
-        for client_id in self._members.lapse(self._position.version):
-            self._pipeline.bases.let_go(client_id)
+        self._lapse()
         if together := self._rounds.over(self._position.version):
-            draft = Draft(self._groups, self._position, self._progress.copy())
             try:
+                draft = Draft(self._groups, self._position, self._progress.copy())
                 self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
+            except Exception as error:  # of which each that waits has to hear
+                for each in together:
+                    each.fail(error)
             finally:
                 self._changed.notify_all()
 
@@ -372,14 +408,18 @@ class ParameterSet:
         """Whether workers may have to wait before they read."""
         return isinstance(self._rounds.policy, BoundedStaleness)
 
-    def await_turn(self, session: Session) -> None:
-        """Return once a worker is not too far ahead of others, as the policy has it; raises ServerDraining."""
+    def await_turn(self, session: Session, stream: object) -> None:
+        """Return once a worker is not too far ahead of others, as the policy has it.
+
+        Raises SessionSuperseded or ServerDraining.
+        """
         if not isinstance(self._rounds.policy, BoundedStaleness):
             return
         begin = time.monotonic()
         with self._lock:
             while isinstance(policy := self._rounds.policy, BoundedStaleness):
                 self._check_alive()
+                session.check_stream(stream)
                 self._rounds.check_draining()
                 self._end_round()
                 behind = self._members.behind(session, policy.bound)
@@ -389,33 +429,37 @@ class ParameterSet:
                 if left <= 0:
                     for client_id in behind:
                         self._dismiss(client_id)
+                    self._changed.notify_all()
                     break
-                session.waits = True
+                session.heard(stream, waits=True)
                 self._changed.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
-            session.heard(waits=False)
+            session.heard(stream, waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
         """Return once all members have come to the barrier after `known` others; how many there were then.
 
-        Raises RoundIncomplete, SessionSuperseded or ServerDraining.
+        Those that there were before the worker was a member are none of its own. Raises RoundIncomplete, SessionSuperseded or
+        ServerDraining.
         """
         deadline = getattr(self._rounds.policy, "deadline", BARRIER_DEADLINE)
         with self._lock:
             self._check_alive()
-            self._members.join(session)
-            self._barrier.arrive(session.client_id)
+            session.check_stream(stream)
+            session.heard(stream, waits=True)
+            self._join(session)
+            known = min(max(known, session.barriers or 0), self._barrier.passed)
+            self._barrier.arrive(session.client_id, stream)
             try:
                 while self._barrier.passed <= known:
+                    self._check_alive()
                     session.check_stream(stream)
                     self._rounds.check_draining()
-                    if left := self._barrier.check(session.client_id, deadline):
-                        session.waits = True
-                        self._changed.wait(left)
-                        self._check_alive()
-                        self._end_round()
+                    self._end_round()
+                    if not self._barrier.opened():
+                        self._changed.wait(self._barrier.remaining(session.client_id, deadline))
             finally:
-                self._barrier.depart(session.client_id)
-                session.heard(waits=False)
+                self._barrier.depart(session.client_id, stream)
+                session.heard(stream, waits=False)
                 self._changed.notify_all()
             return self._barrier.passed
 
@@ -424,9 +468,10 @@ class ParameterSet:
         """How many barriers there were."""
         return self._barrier.passed
 
-    def leave(self, session: Session) -> None:
-        """Be no member any more: nobody waits for this worker."""
+    def leave(self, session: Session, stream: object) -> None:
+        """Be no member any more: nobody waits for this worker. Raises SessionSuperseded."""
         with self._lock:
+            session.check_stream(stream)
             self._dismiss(session.client_id)
             self._end_round()
             self._changed.notify_all()
@@ -475,6 +520,7 @@ class ParameterSet:
     def _hold(self, reader: Session | None) -> None:
         """Keep what a worker reads, if that will be looked at when it pushes."""
         if reader is not None and self._pipeline.keeps_bases:
+            self._lapse()
             self._pipeline.bases.hold(reader.client_id, self._position.version, self._buffers.current.arena)
 
     def snapshot(
@@ -723,7 +769,7 @@ class ParameterSet:
     def _joins_round(self, commit: Commit) -> bool:
         """Let a push wait for others, if that is how it is to be."""
         self._discard(commit)
-        self._members.join(commit.session)
+        self._join(commit.session)
         self._rounds.join(commit)
         if not self._rounds.has(commit.session.client_id):
             return False

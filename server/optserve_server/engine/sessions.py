@@ -26,7 +26,8 @@ class Kept(NamedTuple):
 class Session:
     """One worker's pushes into one set under one server-issued epoch; up to `durable_sequence` on stable storage.
 
-    It was last heard of when it was `seen`, in monotonic seconds; nothing is expected of it while it `waits` for others.
+    It was last heard of when it was `seen`, in monotonic seconds; nothing is expected of it while it `waits` for others. There
+    had been so many `barriers` when its worker first was a member.
     """
 
     client_id: str
@@ -37,6 +38,7 @@ class Session:
     stream: object = None
     seen: float = field(default_factory=time.monotonic)
     waits: bool = False
+    barriers: int | None = None
 
     @property
     def last_receipt(self) -> Receipt | None:
@@ -48,9 +50,10 @@ class Session:
         """The event with that receipt, or 0."""
         return self.receipts[self.last_sequence].event if self.receipts else 0
 
-    def heard(self, *, waits: bool) -> None:
-        """Take note that the worker is alive now, and whether it is made to wait from now on."""
-        self.seen, self.waits = time.monotonic(), waits
+    def heard(self, stream: object, *, waits: bool) -> None:
+        """Take note that the worker is alive, and whether it is made to wait from now on. Older streams say nothing of it."""
+        if self.stream is stream:
+            self.seen, self.waits = time.monotonic(), waits
 
     def check_stream(self, stream: object) -> None:
         """Raises SessionSuperseded if another stream has taken the session over."""
@@ -100,7 +103,9 @@ class Sessions:
 
     def copy(self) -> list[Session]:
         """All sessions, the one idle for longest first, without their streams."""
-        return [replace(each, receipts=each.receipts.copy(), stream=None) for each in self._by_client.values()]
+        return [
+            replace(each, receipts=each.receipts.copy(), stream=None, waits=False) for each in self._by_client.values()
+        ]
 
     def restore(self, sessions: Iterable[Session], forgotten: int) -> None:
         """Take sessions over, from `copy`."""
@@ -133,7 +138,7 @@ class Sessions:
             known = self.forgotten < epoch <= time.time_ns() + CLOCK_SKEW
             session = self._begin(client_id, epoch if known else 0, session)
         session.stream = stream
-        session.seen = time.monotonic()
+        session.heard(stream, waits=False)
         self.touch(session)
         return session
 
