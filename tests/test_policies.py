@@ -9,8 +9,8 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
-from weakref import WeakSet, ref
 
 import numpy as np
 import pytest
@@ -211,6 +211,7 @@ class World:
 
     def record(self, pushed: Any) -> Sent:
         """What was sent of what was decided on now, and never before."""
+        assert self.pushing(pushed.client_id).current, "a newer stream was told that this was not applied"
         key = pushed.client_id, pushed.epoch, pushed.receipt.sequence
         assert key not in self.records, "a sequence is consumed twice"
         (sent,) = [each for each in self.attempts[key] if each.digest == pushed.digest][-1:]
@@ -332,7 +333,7 @@ class World:
         try:
             call(activity)
         except OptserveError as error:
-            self.note(lambda: self.check_error(activity, error))
+            self.note(partial(self.check_error, activity, error))
         except BaseException as error:
             self.failure = self.failure or error
         activity.phase = ""
@@ -381,22 +382,19 @@ class World:
             if (sent := worker.unsettled) is not None and session.last_sequence == sent.sequence:
                 receipt = self.set.last_receipt(session)
                 assert receipt is not None
-                self.tell(worker, sent, receipt)
+                self.tell(worker, session, sent, receipt)
 
         self.act("open", worker, run)
 
-    def tell(self, worker: Worker, sent: Sent, receipt: Receipt) -> None:
+    def tell(self, worker: Worker, session: Session, sent: Sent, receipt: Receipt) -> None:
         """A worker gets a receipt."""
-        key = worker.name, worker.epoch, sent.sequence
+        key = worker.name, session.epoch, sent.sequence
         recorded, first = self.records[key]
-        self.note(lambda: self.check_told(sent, recorded, receipt, first))
+        assert recorded is sent
+        assert replace(receipt, duplicate=False) == first
         self.told.add(key)
         if worker.unsettled is sent:
             worker.unsettled, worker.settled = None, sent
-
-    def check_told(self, sent: Sent, recorded: Sent, receipt: Receipt, first: Receipt) -> None:
-        assert recorded is sent
-        assert replace(receipt, duplicate=False) == first
 
     def prepared(self, sent: Sent) -> Push:
         """A push as it came over the wire."""
@@ -435,11 +433,8 @@ class World:
         activity.deadline = getattr(self.policy, "deadline", math.inf)
         activity.round_began = min(each.began for each in self.activities if each.phase == "push")
         receipt, _ = self.set.push(session, activity.stream, push, pull=False)
-        if session.epoch == worker.epoch:
-            self.tell(worker, sent, receipt)
-        else:
-            self.told.add((worker.name, session.epoch, sent.sequence))
-        assert not receipt.duplicate or not activity.current
+        self.tell(worker, session, sent, receipt)
+        assert not receipt.duplicate
 
     def take_turn(self, activity: Activity) -> None:
         assert activity.session is not None
@@ -461,7 +456,7 @@ class World:
             receipt, _ = self.set.push(activity.session, activity.stream, self.prepared(sent), pull=False)
             assert receipt.duplicate
             assert len(self.records) == before
-            self.tell(worker, sent, receipt)
+            self.tell(worker, activity.session, sent, receipt)
 
         self.act("repeat", worker, run)
 

@@ -27,6 +27,7 @@ from optserve._errors import (
     OptserveError,
     OutcomeUnknown,
     RolledBack,
+    RoundIncomplete,
     ServerBusy,
     ServerDraining,
     ServerError,
@@ -233,7 +234,8 @@ class Session:
                 self._disconnect()
                 if self._closed:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
-                if isinstance(error, OptserveError) and error.retryable and retry.pause(error):
+                over = exchange.barrier and isinstance(error, RoundIncomplete)  # for good: it had its own deadline
+                if isinstance(error, OptserveError) and error.retryable and not over and retry.pause(error):
                     continue
                 self._give_up(error, exchange)
                 raise

@@ -81,6 +81,8 @@ class Rounds:
     def refuse(self, commit: Commit, error: InvalidArgument) -> None:
         """Take a push out of the round again, since it can't be added."""
         self._waiting.pop(commit.session.client_id, None)
+        if self.sync is not None and len(self._waiting) < (self.sync.quorum or 0):
+            self._quorum_since = math.inf
         commit.push.refuse(error)
 
     def has(self, client_id: str) -> bool:
