@@ -1,6 +1,7 @@
 """What a run on the wire found, for a terminal."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -12,22 +13,22 @@ from benchmarks.units import count, duration
 
 def medians(groups: Sequence[Collection[str]], results: Results) -> Table:
     """Contenders by size, in groups."""
-    table = _table("one step, medians", "parameters", *map(count, results))
+    made = table("one step, medians", "parameters", *map(count, results))
     for group in groups:
         for name in group:
-            table.add_row(name, *(_median(timings[name]) for timings in results.values()))
-        table.add_section()
-    return table
+            made.add_row(name, *(_median(timings[name]) for timings in results.values()))
+        made.add_section()
+    return made
 
 
 def quartiles(ratios: Mapping[int, Mapping[str, tuple[float, float, float]]]) -> Table:
     """Ratios by size."""
-    table = _table("ratios", "", "parameters", "of medians", "quartiles")
+    made = table("ratios", "", "parameters", "of medians", "quartiles")
     for size, comparisons in ratios.items():
         for name, (low, median, high) in comparisons.items():
-            table.add_row(name, count(size), f"{median:.2f}", f"{low:.2f}–{high:.2f}")
-        table.add_section()
-    return table
+            made.add_row(name, count(size), f"{median:.2f}", f"{low:.2f}–{high:.2f}")
+        made.add_section()
+    return made
 
 
 def missing(results: Results) -> Iterator[str]:
@@ -38,13 +39,23 @@ def missing(results: Results) -> Iterator[str]:
                 yield f"without {name} at {count(size)}: {timing.reason}"
 
 
+def table(title: str, first: str, *others: str) -> Table:
+    """An empty one, of which all columns but the first hold numbers."""
+    made = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    made.add_column(first, no_wrap=True)
+    for other in others:
+        made.add_column(other, justify="right")
+    return made
+
+
+def spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    """The median, and from the lowest to the highest; a dash where one of them is not there."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "—"
+    low, middle, high = (text(value) for value in (min(known), statistics.median(known), max(known)))
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
 def _median(timing: Timing | Missing) -> str:
     return "—" if isinstance(timing, Missing) else duration(timing.median)
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for other in others:
-        table.add_column(other, justify="right")
-    return table

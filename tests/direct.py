@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optserve import Receipt, StateFormat, TensorSpec, Transforms, optim
+from optserve import Position, Receipt, StateFormat, TensorSpec, Transforms, optim
 from optserve._policies import ASYNC, Policy
 from optserve._specification import Holds, ParameterSetSpec, as_arrays
 from optserve._transforms import PLAIN
@@ -64,15 +64,19 @@ class DirectSet:
         receipt, _ = self.set.push(self.session, self, push, pull=False)
         return receipt
 
-    def push_together(self, gradients: Sequence[Mapping[str, Array]]) -> None:
-        """Apply several in one pass, as if they had waited for each other."""
-        commits = [Commit(self.session, self, self._finished(each), pull=False, held=None) for each in gradients]
+    def push_together(self, gradients: Sequence[Mapping[str, Array]], *, base: Position | None = None) -> list[Receipt]:
+        """Apply several in one pass, as if they had waited for each other, all computed at one base."""
+        commits = [
+            Commit(self.session, self, self._finished(each, base=base), pull=False, held=None) for each in gradients
+        ]
         sessions = [self.set.open(f"direct-{k}", 0, self) for k in range(len(commits))]
         for commit, session in zip(commits, sessions, strict=True):
             commit.session, commit.push.sequence = session, 1
         with self.set._lock:
             self.set._apply(commits)
-        assert all(commit.receipt is not None and commit.receipt.applied for commit in commits)
+        receipts = [commit.receipt for commit in commits if commit.receipt is not None and commit.receipt.applied]
+        assert len(receipts) == len(commits)
+        return receipts
 
     def arrive(self, gradients: Mapping[str, Mapping[str, Array]], samples: Mapping[str, float] | None = None) -> None:
         """Let pushes of several clients, which wait for each other, arrive in this order; they must make a round."""
@@ -117,10 +121,11 @@ class DirectSet:
         loss_scale: float = 1.0,
         samples: float = 1.0,
         sequence: int | None = None,
+        base: Position | None = None,
     ) -> Push:
         declared = [Declared(TensorSpec.of(name, array)) for name, array in gradients.items()]
         sequence = sequence or next(self._sequence)
-        push = self.set.begin(sequence, declared, changes=changes, loss_scale=loss_scale, samples=samples)
+        push = self.set.begin(sequence, declared, base=base, changes=changes, loss_scale=loss_scale, samples=samples)
         for payload in pack(self._views(gradients), self.chunk_bytes):
             push.add(payload.runs, payload.buffer, replace=False)
         push.finish()
@@ -157,8 +162,13 @@ class DirectSet:
 
 def restored(path: Path, threads: int = 2) -> ParameterSet:
     """The only set that a data directory has, as a server would bring it back."""
+    (parameter_set,) = all_restored(path, threads)
+    return parameter_set
+
+
+def all_restored(path: Path, threads: int = 2) -> list[ParameterSet]:
+    """All sets that a data directory has, ordered by id."""
     engine, directory = Engine(threads), DataDirectory(path)
     directory.restore(engine)
     directory.close()
-    (parameter_set,) = engine.list()
-    return parameter_set
+    return engine.list()

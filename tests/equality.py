@@ -35,7 +35,7 @@ def assert_same(ours: ParameterSet, theirs: ParameterSet) -> None:
     assert present.progress.memory == expected.progress.memory
     for name, values in expected.progress.group_memory.items():
         np.testing.assert_array_equal(present.progress.group_memory[name], values)
-    assert present.policy == expected.policy
+    assert (present.policy, present.policy_since) == (expected.policy, expected.policy_since)
     for name in ("accumulated", "accumulating", "skipped", "samples", "divisor", "staleness"):
         assert getattr(present.progress, name) == getattr(expected.progress, name), name
     pushed = {client: session for client, session in sessions_of(expected).items() if session[1]}

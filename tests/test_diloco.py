@@ -1,10 +1,11 @@
 """DiLoCo: what it computes, what goes on meanwhile, what it leaves alone, and what is left after a failure."""
 
 import contextlib
+import importlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,7 @@ def test_a_number_of_fragments_divides_by_size() -> None:
     assert divide(tensors, 1) == [("a", "b", "c", "d", "e", "f")]
     assert divide(tensors, 2) == [("b", "f"), ("a", "c", "d", "e")]
     assert sorted(len(part) for part in divide(tensors, 6)) == [1] * 6
+    assert divide(specs(a=0, b=0), 2) == [("a",), ("b",)]
 
 
 @pytest.mark.parametrize(
@@ -603,11 +605,17 @@ def test_who_is_late_with_a_fragment_goes_on_with_the_one_whose_turn_it_is(
                 for array in diloco.parameters.values():
                     array += 5
                 diloco.step()
+            answers = [each.answer for each in diloco._under_way]
+        if delay:
+            assert answers[0].result(PATIENCE).receipt
+            with pytest.raises(CancelledError):
+                answers[1].result(PATIENCE)
         for _ in range(delay - delay // 2):
             diloco.step()
         assert (diloco.discarded, diloco.synchronisations) == (1, 1)
         pulled = other.pull()
         for name, array in diloco.parameters.items():
+            np.testing.assert_array_equal(pulled[name], START[name] + (not name.startswith("layer1")))
             np.testing.assert_array_equal(array, pulled[name])
             array += 1
         for _ in range(2):
@@ -617,6 +625,36 @@ def test_who_is_late_with_a_fragment_goes_on_with_the_one_whose_turn_it_is(
             assert changed == ["layer1/w", "layer1/b"]
     for name, array in other.pull().items():
         np.testing.assert_array_equal(array, pulled[name] + 1)
+
+
+def test_who_misses_a_round_while_its_own_answer_is_lost_goes_on_from_the_global_parameters(
+    server: Server, new_id: NewId
+) -> None:
+    with (
+        optserve.Client(server.address) as direct,
+        Proxy(server.address) as proxy,
+        optserve.Client(proxy.address, transport="stream") as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        set_id = new_id()
+        other = direct.create_parameter_set(set_id, START, PLAIN, policy=Sync(2, quorum=1))
+        with DiLoCo(client.parameter_set(set_id), every=3, fragments=FRAGMENTS) as diloco:
+            proxy.swallow_answers()
+            diloco.parameters["layer2/b"] += 1
+            step = pool.submit(diloco.step)
+            while other.describe().version == 0:
+                assert not step.done()
+            moved_on(other, "head")
+            proxy.cut()
+            step.result(PATIENCE)
+            assert (diloco.discarded, diloco.synchronisations) == (0, 1)
+            for name, array in other.pull().items():
+                np.testing.assert_array_equal(diloco.parameters[name], array)
+                diloco.parameters[name] += 1
+            before = other.pull()
+            diloco.step()
+            changed = [name for name, array in other.pull().items() if (array != before[name]).any()]
+            assert changed == ["layer1/w", "layer1/b"]  # after layer2, and the head
 
 
 def test_a_late_fragment_is_discarded_also_while_a_round_of_another_waits(
@@ -671,31 +709,34 @@ def test_where_pushes_are_gathered_each_begins_from_the_global_parameters(
 
 
 @pytest.mark.parametrize("pushes", ["gradients", "deltas", "parameters"])
-@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"delay": 1}, {"delay": 1, "mixing": 0.5}], ids=["", "delay", "mixing"])
+@pytest.mark.parametrize("fragments", [1, 3])
 def test_buffers_become_what_the_server_makes_of_their_values(
-    client: optserve.Client, new_id: NewId, pushes: str, delay: int
+    memory_client: optserve.Client, new_id: NewId, pushes: str, options: dict[str, Any], fragments: int
 ) -> None:
-    set_id, start = new_id(), {name: np.ones(3) for name in ("w", "mean", "count", "frozen")}
+    set_id, start = new_id(), {name: np.ones(3) for name in ("mean", "count", "w", "frozen")}
     buffers = {"mean": "average", "count": "replace", "frozen": "freeze"}
-    client.create_parameter_set(set_id, start, PLAIN, policy=Sync(2), pushes=pushes, buffers=buffers)
+    memory_client.create_parameter_set(set_id, start, PLAIN, policy=Sync(2), pushes=pushes, buffers=buffers)
+    steps = 3 + options.get("delay", 0)
 
-    def train(weights: optserve.ParameterSet, value: float) -> None:
-        with DiLoCo(weights, every=2, delay=delay, fragments=2) as diloco:
-            for _ in range(2 + delay):
+    def train(weights: optserve.ParameterSet, value: float) -> Arrays:
+        with DiLoCo(weights, every=3, fragments=fragments, **options) as diloco:
+            for _ in range(steps):
                 for array in diloco.parameters.values():
                     array += value
                 diloco.step()
-            assert (diloco.parameters["frozen"] == 1 + (2 + delay) * value).all()
+            return {name: array.copy() for name, array in diloco.parameters.items()}
 
     with ThreadPoolExecutor(2) as pool:
-        handles = [client.parameter_set(set_id) for _ in range(2)]
-        for future in [pool.submit(train, weights, 1.0 + 2 * k) for k, weights in enumerate(handles)]:
-            future.result(PATIENCE)
-    pulled = handles[0].pull()
-    np.testing.assert_array_equal(pulled["frozen"], 1)
-    np.testing.assert_array_equal(pulled["w"], 1 + 2 * (2 + delay))
-    assert (pulled["mean"] > 1).all()
-    assert (pulled["count"] > 1).all()
+        handles = [memory_client.parameter_set(set_id) for _ in range(2)]
+        futures = [pool.submit(train, weights, value) for weights, value in zip(handles, (1.0, 3.0), strict=True)]
+        for future, value in zip(futures, (1.0, 3.0), strict=True):
+            ended = future.result(PATIENCE)
+            np.testing.assert_array_equal(ended["mean"], 1 + 3 * (1 + 3) / 2)  # after three steps of each
+            if fragments == 1:  # else it is in another than the first, with which other steps end
+                assert ended["count"][0] in (1 + 3 * 1, 1 + 3 * 3)
+            np.testing.assert_array_equal(ended["frozen"], 1 + steps * value)  # which nobody else sees
+    np.testing.assert_array_equal(handles[0].pull()["frozen"], 1)
 
 
 @pytest.mark.parametrize("format", [formats.Int8(), formats.TopK(0.5), formats.BFloat16()], ids=str)
@@ -908,3 +949,8 @@ def test_with_a_replay_window_a_rollback_is_not_noticed(restarts: Restarts) -> N
                     restarts.come_back()
                 diloco.step()
         np.testing.assert_array_equal(diloco.parameters["x"], 5)
+
+
+def test_the_example_learns_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    assert importlib.import_module("diloco_digits").main(workers=2, steps=60, every=20) > 0.8

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 
 import optserve
-from direct import restored
+from direct import all_restored
 from equality import assert_same
-from optserve import formats, optim, schedules
+from optserve import (
+    Async,
+    BoundedStaleness,
+    Buffered,
+    Sync,
+    aggregation,
+    formats,
+    optim,
+    schedules,
+    staleness,
+)
 from optserve._errors import InvalidArgument
 from optserve_server import Config, Server
 from optserve_server.engine.state import State
@@ -61,7 +71,7 @@ def tensors(dtype: Any = np.float32, seed: int = 0) -> dict[str, Array]:
 
 @pytest.fixture
 def durable(tmp_path: Path) -> Iterator[Server]:
-    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path / "data")) as server:
+    with Server(Config(listen="127.0.0.1:0", data_dir=tmp_path / "data", checkpoints_kept=9)) as server:
         yield server
 
 
@@ -72,12 +82,12 @@ def worker(durable: Server) -> Iterator[optserve.Client]:
 
 
 def assert_repeats(durable: Server, tmp_path: Path) -> State:
-    """What is on disk now, as after a crash, makes the server's only set again."""
-    (ours,) = durable._engine.list()
+    """What is on disk now, as after a crash, makes the server's sets again; the state of the first."""
     shutil.copytree(tmp_path / "data", tmp_path / "copy")
-    theirs = restored(tmp_path / "copy")
-    assert_same(ours, theirs)
-    return theirs.capture()
+    theirs = all_restored(tmp_path / "copy")
+    for ours, each in zip(durable._engine.list(), theirs, strict=True):
+        assert_same(ours, each)
+    return theirs[0].capture()
 
 
 @pytest.mark.parametrize(
@@ -285,3 +295,167 @@ def test_warm_is_resumed_and_not_cold(durable: Server, worker: optserve.Client, 
     for name, array in warm.items():
         assert array.tobytes() == resumed[name].tobytes()
         assert array.tobytes() != cold[name].tobytes()
+
+
+STALENESS = {
+    "Reject": staleness.Reject(1),
+    "DivideLearningRate": staleness.DivideLearningRate(),
+    "Polynomial": staleness.Polynomial(),
+    "DelayCompensation": staleness.DelayCompensation(),
+    "GapAware": staleness.GapAware(),
+}
+STATISTICS = {"*w": "average", "b": "replace", "scalar": "freeze"}
+CLIPPED = optserve.Transforms(clip=optserve.ClipGlobalNorm(1.0), average=optserve.EMA(0.9))
+MORE_TENSORS = {"more": np.linspace(-1, 1, 50, dtype=np.float32)}  # which an optimizer sees beside those
+
+POLICIES: dict[str, dict[str, Any]] = {
+    **{name: {"policy": Async(staleness=each)} for name, each in STALENESS.items()},
+    "a buffer of pushes": {"policy": Buffered(pushes=3, staleness=staleness.Polynomial())},
+    "a buffer of samples": {"policy": Buffered(samples=7.5, staleness=staleness.DivideLearningRate())},
+    "a buffer of compensated pushes": {"policy": Buffered(pushes=3, staleness=staleness.DelayCompensation())},
+    "accumulated stale pushes": {
+        "policy": Async(staleness=staleness.Polynomial()),
+        "transforms": optserve.Transforms(accumulate=3),
+    },
+    "deltas": {"pushes": "deltas", "policy": Async(staleness=staleness.GapAware())},
+    "parameters": {"pushes": "parameters", "transforms": optserve.Transforms(clip=optserve.ClipGlobalNorm(1.0))},
+    "a buffer of parameters": {"pushes": "parameters", "policy": Buffered(samples=4.0)},
+    "statistics": {"buffers": STATISTICS, "transforms": optserve.Transforms(average=optserve.EMA(0.9))},
+    "a buffer of statistics": {"buffers": STATISTICS, "policy": Buffered(pushes=3)},
+    "ahead by two at most": {"policy": BoundedStaleness(2, staleness=staleness.Polynomial())},
+}
+
+
+def pushed(seed: int) -> dict[str, Array]:
+    return tensors(seed=seed) | {"more": np.random.default_rng(seed).standard_normal(50).astype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policies(kind: str, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """Of a set whose checkpoint came while pushes wait in a buffer, as does the end, and of one that has its journal only."""
+    for set_id in ("journal", "checkpoint"):
+        created = worker.create_parameter_set(
+            set_id, tensors() | MORE_TENSORS, optim.Adam(lr=0.01), journal="always", **POLICIES[kind]
+        )
+        handles = [created, worker.parameter_set(set_id, client_id="other")]
+        for step in range(11):
+            k, scale = step % 2, 1.0 if POLICIES[kind].get("pushes") == "parameters" or step % 5 else 8.0
+            if k == 0 or step % 8 == 1:
+                handles[k].pull()
+            handles[k].push(pushed(step), samples=1 + step % 3, loss_scale=scale)
+            if step == 6:
+                with pytest.raises(optserve.NonFiniteValue):
+                    handles[k].push({"more": np.full(50, np.nan, np.float32)})
+                if set_id == "checkpoint":
+                    created.checkpoint()
+    state = assert_repeats(durable, tmp_path)
+    assert bool(state.progress.accumulated) == ("buffer" in kind or "accumulated" in kind)
+    assert max(state.progress.staleness) > 0
+
+
+ROUNDS: dict[str, dict[str, Any]] = {
+    "folded": {"policy": Sync(3)},
+    "deterministic": {"policy": Sync(3, deterministic=True)},
+    "folded statistics": {"policy": Sync(3), "buffers": STATISTICS, "transforms": CLIPPED},
+    "folded parameters": {"policy": Sync(3), "pushes": "parameters"},
+    "median": {"policy": Sync(3, aggregation=aggregation.Median()), "buffers": STATISTICS},
+    "trimmed mean, accumulated": {
+        "policy": Sync(3, aggregation=aggregation.TrimmedMean(1)),
+        "transforms": optserve.Transforms(accumulate=2),
+    },
+    "Krum and quarantine": {
+        "policy": Sync(3, aggregation=aggregation.Krum(0), quarantine=aggregation.Quarantine(factor=1.5, strikes=1))
+    },
+    "carried": {"policy": Sync(3, quorum=2, late="carry", staleness=staleness.DelayCompensation())},
+    "late": {"policy": Sync(3, quorum=2)},
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_rounds(kind: str, durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """Of which the third worker is late where there is a quorum; in the middle there is a checkpoint."""
+    created = worker.create_parameter_set(
+        "set", tensors() | MORE_TENSORS, optim.Adam(lr=0.01), journal="always", **ROUNDS[kind]
+    )
+    handles = [worker.parameter_set("set", client_id=f"worker-{k}") for k in range(3)]
+    outcomes: set[optserve.Outcome] = set()
+    quorum = ROUNDS[kind]["policy"].quorum is not None
+    with ThreadPoolExecutor(3) as pool:
+        for step in range(6):
+            if not quorum or step % 2 == 0:
+                for handle in handles:
+                    handle.pull()
+            together = [pool.submit(handles[k].push, pushed(10 * step + k), samples=k + 1.0) for k in range(3 - quorum)]
+            outcomes |= {each.result().outcome for each in together}
+            if quorum and step % 2:
+                outcomes.add(late(kind, handles, pool))
+            if step == 2:
+                created.checkpoint()
+    state = assert_repeats(durable, tmp_path)
+    assert (optserve.Outcome.DISCARDED in outcomes) == (kind == "late"), outcomes
+    assert state.position.version >= 3
+
+
+def late(kind: str, handles: Sequence[optserve.ParameterSet], pool: ThreadPoolExecutor) -> optserve.Outcome:
+    """What becomes of a push of the third worker, which missed rounds; another makes a quorum of one that is carried."""
+    alone = pool.submit(handles[2].push, pushed(99))
+    if kind == "carried":
+        handles[0].push(pushed(98))
+    return alone.result().outcome
+
+
+def test_policies_that_take_turns(durable: Server, worker: optserve.Client, tmp_path: Path) -> None:
+    """Each while something waits in what the one before has begun; and every version of it can be gone back to, and forked."""
+    weights = worker.create_parameter_set(
+        "set", tensors() | MORE_TENSORS, optim.Adam(lr=0.01), journal="always", buffers=STATISTICS
+    )
+    other = worker.parameter_set("set", client_id="other")
+    policies = [
+        Buffered(pushes=4, staleness=staleness.DelayCompensation()),
+        Sync(2),
+        Buffered(samples=9.0),
+        Async(staleness=staleness.GapAware()),
+        Async(),
+        Buffered(pushes=5),
+        Sync(2, deterministic=True),
+        BoundedStaleness(4),
+    ]
+    first: dict[int, tuple[Any, dict[str, bytes]]] = {}
+
+    def note() -> None:
+        version = weights.describe().version
+        bits = {name: array.tobytes() for name, array in weights.pull().items()}
+        assert first.setdefault(version, (weights.describe().policy, bits))[1] == bits
+
+    note()
+    with ThreadPoolExecutor(2) as pool:
+        for turn, policy in enumerate(policies):
+            weights.update(policy=policy)
+            if turn == 4:
+                weights.checkpoint()
+            rounds = 2 if isinstance(policy, Buffered) else 1
+            for k in range(rounds):
+                pushes = [
+                    pool.submit(handle.push, pushed(100 * turn + 10 * k + m), samples=m + 1.0)
+                    for m, handle in enumerate((weights, other)[: 2 - k])
+                ]
+                for each in pushes:
+                    each.result()
+                note()
+            if turn in (0, 2, 5):
+                assert durable._engine.get("set").capture().progress.accumulated
+                weights.checkpoint()
+    assert_repeats(durable, tmp_path)
+    for version in sorted(first, reverse=True):
+        fork = weights.fork(f"fork-{version}", version)
+        policy, bits = first[version]
+        assert {name: array.tobytes() for name, array in fork.pull().items()} == bits
+        assert fork.describe().policy == policy
+        fork.delete()
+    for version in sorted(first, reverse=True)[::2]:
+        weights.rewind(version)
+        policy, bits = first[version]
+        assert {name: array.tobytes() for name, array in weights.pull().items()} == bits
+        assert weights.describe().policy == policy
+    shutil.rmtree(tmp_path / "copy")
+    assert_repeats(durable, tmp_path)

@@ -94,7 +94,7 @@ def test_workers_see_each_other(there: optserve.Client, new_id: NewId) -> None:
 
 def test_heartbeats_keep_the_idle(here: optserve.Client, mortal: Server, new_id: NewId) -> None:
     weights = created(here, new_id(), Async())
-    with weights.worker("idle"), puppet(mortal.address, weights.id, "also-idle") as other:
+    with weights.worker("idle"), puppet(mortal.address, weights.id, "also-idle"):
         assert names(weights) == ["also-idle", "idle"]
         joined = [worker.join_time for worker in weights.workers()]
         begin = time.monotonic()

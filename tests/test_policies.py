@@ -5,12 +5,12 @@ and nobody waits without a reason.
 """
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -355,8 +355,8 @@ class World:
             worker.heard = self.stage.now
         try:
             call(activity)
-        except OptserveError:
-            self.note(lambda: self.check_error(activity, error))
+        except OptserveError as error:
+            self.note(partial(self.check_error, activity, error))
         except BaseException as error:
             self.failure = self.failure or error
         activity.phase = ""
@@ -744,7 +744,7 @@ def test_what_can_not_be_added_leaves_the_others_waiting() -> None:
 
         def push(session: Session, samples: float) -> Task:
             pushed = received(each, 1, np.ones(SIZE, np.float32), samples=samples)
-            task = stage.begin(functools.partial(each.push, session, session.stream, pushed, pull=False))
+            task = stage.begin(partial(each.push, session, session.stream, pushed, pull=False))
             stage.settle()
             return task
 
@@ -765,7 +765,7 @@ def test_a_round_that_can_not_be_planned_fails_all_of_it(monkeypatch: pytest.Mon
         sessions = [each.open(name, 0, name, joins=True) for name in NAMES]
         gradient = np.ones(SIZE)
         waiting = [
-            stage.begin(functools.partial(each.push, session, session.stream, received(each, 1, gradient), pull=False))
+            stage.begin(partial(each.push, session, session.stream, received(each, 1, gradient), pull=False))
             for session in sessions[1:]
         ]
         stage.settle()
@@ -790,7 +790,7 @@ def test_a_round_that_is_folded_keeps_no_gradients(holds: Holds, count: int) -> 
         each = created(Sync(count + 1), LEASE, holds=holds)
         sessions = [each.open(f"worker-{k}", 0, k) for k in range(count + 1)]
         for session in sessions:
-            stage.begin(functools.partial(push, each, session)).advance()
+            stage.begin(partial(push, each, session)).advance()
             kept = [gradient for gradient in gradients if gradient() is not None]
             assert len(kept) <= (1 if holds is Holds.MOMENTS else 0)  # whose worker's parameters the update may read
         stage.settle()

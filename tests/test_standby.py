@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import optserve
 from equality import assert_same
-from optserve import formats, optim
+from optserve import formats, optim, staleness
 from optserve._transport import connect
 from optserve.v1 import optimizer_service_pb2 as pb
 from optserve.v1.standby_pb2 import FollowRequest
@@ -156,6 +156,27 @@ def test_a_standby_has_the_rounds_and_the_rows_of_tables(
         for step in range(5):
             list(pool.map(lambda k: push(k, step), range(2)))  # noqa: B023
     await_equal(leader, standby)
+
+
+def test_a_standby_follows_policies_and_has_what_waits_in_a_buffer(
+    leader: Server, standby: Server, worker: optserve.Client
+) -> None:
+    statistics = {"scalar": "average", "b": "replace"}
+    weights = worker.create_parameter_set(
+        "set", tensors(), optim.Adam(), journal="always", pushes="deltas", buffers=statistics
+    )
+    policies = (
+        optserve.Buffered(samples=5.0),
+        optserve.Async(staleness.DelayCompensation()),
+        optserve.Buffered(pushes=3),
+    )
+    for turn, policy in enumerate(policies):
+        weights.update(policy=policy)
+        for step in range(2):
+            weights.push(tensors(10 * turn + step), samples=2.0)
+    await_equal(leader, standby)
+    (followed,) = standby._engine.list()
+    assert followed.capture().progress.accumulated == 2
 
 
 def test_what_was_there_before_the_standby_comes_with_the_events_since_the_checkpoint(

@@ -48,6 +48,9 @@ MOVES: dict[str, tuple[optim.Optimizer, dict[str, Any]]] = {
     "many slots": (optim.Adan(weight_decay=0.1), {}),
     "averages": (optim.AMSGrad(), {"transforms": Transforms(lookahead=Lookahead(3), average=EMA(0.9))}),
     "waiting pushes": (optim.Adam(), {"transforms": Transforms(accumulate=3, average=SWA(2))}),
+    "a buffer": (optim.Adam(), {"policy": optserve.Buffered(pushes=3)}),
+    "a buffer of samples": (optim.Adam(), {"policy": optserve.Buffered(samples=2.5)}),
+    "statistics": (optim.Adam(), {"buffers": {"b": "average", "scalar": "freeze"}, "pushes": "deltas"}),
     "in sync": (optim.Momentum(), {"policy": optserve.Sync(1), "guard": False}),
     "moments only": (optim.Adam(), {"holds": "moments"}),
 }
@@ -78,6 +81,22 @@ def test_a_set_goes_on_where_another_stood(
     if optimizer.rule == "ASGD" or "transform:average" in state.slots:
         assert same(moved.pull(evaluation=True), weights.pull(evaluation=True))
     assert same(moved.state(), weights.state())
+
+
+def test_pushes_that_wait_weigh_by_their_samples_where_they_have_moved(
+    memory_client: optserve.Client, new_id: NewId
+) -> None:
+    """Also in a buffer of another size."""
+    policy = optserve.Buffered(samples=8.0)
+    weights = memory_client.create_parameter_set(new_id(), {"w": np.zeros(3)}, optim.SGD(lr=1.0), policy=policy)
+    weights.push({"w": np.full(3, 1.0)}, samples=1.0)
+    weights.push({"w": np.full(3, 5.0)}, samples=3.0)
+    for size in (8.0, 5.0):
+        moved = memory_client.create_parameter_set(new_id(), weights.state(), policy=optserve.Buffered(samples=size))
+        assert moved.push({"w": np.full(3, 2.0)}, samples=4.0).applied
+        np.testing.assert_allclose(moved.pull()["w"], -(1 * 1 + 3 * 5 + 4 * 2) / 8, rtol=1e-15)
+    with pytest.raises(optserve.InvalidState, match="fewer than 4 samples.*got 2 pushes, of 4 samples"):
+        memory_client.create_parameter_set(new_id(), weights.state(), policy=optserve.Buffered(samples=4.0))
 
 
 def test_skipped_pushes_are_counted_on(memory_client: optserve.Client, new_id: NewId) -> None:

@@ -13,18 +13,14 @@ from typing import Any, Self
 import numpy as np
 
 from optserve._background import Background
+from optserve._contribution import WITHOUT_EFFECT, Contribution
 from optserve._errors import FailedPrecondition, InvalidArgument, InvalidTensor, TensorMismatch
-from optserve._fragments import Fragments, divide
+from optserve._fragments import Fragments
 from optserve._parameter_set import ParameterSet
-from optserve._policies import Buffered, Late, Sync
-from optserve._results import Description, Outcome, Parameters, Receipt
-from optserve._specification import Holds, Pushes
-from optserve._treatments import Treatment
+from optserve._results import Parameters, Receipt
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
-
-WITHOUT_EFFECT = (Outcome.SKIPPED, Outcome.DISCARDED)  # these pushes had no part in an update, and never will
 
 
 class DiLoCo:
@@ -78,13 +74,10 @@ class DiLoCo:
         self._mixing = mixing
         self._wanted = fragments
         self._parameters = dict(parameters or {})
+        self._names: frozenset[str] = frozenset()  # of the set's tensors
+        self._contribution: Contribution  # since it was entered
         self._background: Background[Parameters] | None = None  # while it is entered
         self._fragments: list[_Fragment] = []
-        self._names: frozenset[str] = frozenset()
-        self._buffers: frozenset[str] = frozenset()
-        self._pushes = Pushes.GRADIENTS
-        self._parts: list[tuple[str, ...]] = []
-        self._in_rounds = False
         self._under_way: deque[_Exchange] = deque()
         self._steps = 0
         self._slot = 1
@@ -122,15 +115,19 @@ class DiLoCo:
         """Take over the global parameters, also after an error; raises what a pull raises, or InvalidArgument."""
         if self._background is not None:
             raise FailedPrecondition("expected a DiLoCo that is left before it is entered again")
-        self._study(self._weights.describe())
+        contribution = Contribution.to(self._weights.describe(), self._wanted)
+        if len(contribution.parts) > self._every:
+            raise InvalidArgument(
+                f"expected at most {self._every} fragments, one for each step; got {len(contribution.parts)}"
+            )
         pulled = self._weights.pull()
         self._names = frozenset(pulled)
         if not self._parameters:
             self._parameters.update((name, np.empty_like(value)) for name, value in pulled.items())
         self._local(pulled)
-        for name, value in pulled.items():
-            self._assign(name, value)
-        self._begin(pulled, pulled.version)
+        for name in contribution.frozen:
+            self._assign(name, pulled[name])
+        self._begin(contribution, pulled)
         return self
 
     def step(self, samples: float = 1.0) -> None:
@@ -178,30 +175,13 @@ class DiLoCo:
         finally:
             self._stop()
 
-    def _study(self, description: Description) -> None:
-        """Learn what the set wants to be pushed; raises InvalidArgument where that is not possible here."""
-        spec = description.spec
-        if spec.holds is not Holds.PARAMETERS or spec.tables:
-            raise InvalidArgument(f"expected a set that holds parameters, and no tables; got {spec.id!r}")
-        treatments = {spec.tensors[index].name: each for index, each in spec.treatments.items()}
-        frozen = {name for name, each in treatments.items() if each is Treatment.FREEZE}
-        self._parts = divide([tensor for tensor in spec.tensors if tensor.name not in frozen], self._wanted)
-        self._pushes = spec.pushes
-        self._buffers = frozenset(treatments)
-        self._in_rounds = isinstance(description.policy, Sync)
-        if len(self._parts) > self._every:
-            raise InvalidArgument(
-                f"expected at most {self._every} fragments, one for each step; got {len(self._parts)}"
-            )
-        if len(self._parts) > 1:
-            _check_fragments(description)
-
-    def _begin(self, pulled: Mapping[str, Array], version: int) -> None:
-        """Train from the global parameters."""
-        self._fragments = [_Fragment(names, {name: pulled[name] for name in names}) for names in self._parts]
+    def _begin(self, contribution: Contribution, pulled: Parameters) -> None:
+        """Train from the global parameters, and contribute to them from now on."""
+        self._contribution = contribution
+        self._fragments = [_Fragment(names, {name: pulled[name] for name in names}) for names in contribution.parts]
         self._adopt()
         # Each update of a synchronous set is one fragment's, so its version says which is the next for all workers.
-        self._slot = version % len(self._parts) + 1
+        self._slot = pulled.version % len(self._fragments) + 1
         self._steps = self._due(self._slot - 1)
         self._background = Background()
 
@@ -217,33 +197,13 @@ class DiLoCo:
         if not fragment.samples:
             return
         local = self._local(fragment.base)
-        pushed = {name: self._pushed(name, local[name], base) for name, base in fragment.base.items()}
+        pushed = {name: self._contribution.pushed(name, local[name], base) for name, base in fragment.base.items()}
         push = partial(self._weights.step, pushed, samples=fragment.samples, tensors=fragment.names)
-        answer = self._background.call(partial(self._exchanged, self._background, push))
+        answer = self._background.call(partial(_exchanged, self._background, self._contribution, push))
         fragment.samples = 0.0
         keeps = self._delay > 0 and self._mixing is None
         sent = {name: array.copy() for name, array in local.items()} if keeps else {}
         self._under_way.append(_Exchange(fragment, self._steps + self._delay, answer, sent))
-
-    def _pushed(self, name: str, local: Array, base: Array) -> Array:
-        """What is pushed of a tensor, in memory of its own."""
-        if self._pushes is Pushes.PARAMETERS or name in self._buffers:
-            return local.copy()
-        first, second = (local, base) if self._pushes is Pushes.DELTAS else (base, local)
-        return np.subtract(first, second, out=np.empty_like(base))
-
-    def _exchanged(self, background: Background[Parameters], push: Callable[[], Parameters]) -> Parameters:
-        """Push and pull, in the background, which ends where the set has gone on without this worker."""
-        pulled = push()
-        if self._left_behind(pulled):
-            background.stop()  # what waits behind it was trained from parameters that are too old
-        return pulled
-
-    def _left_behind(self, pulled: Parameters) -> bool:
-        """Whether a push had no effect, or rounds of other fragments were over before its answer came."""
-        assert pulled.receipt is not None
-        missed = self._in_rounds and len(self._parts) > 1 and pulled.version != pulled.receipt.version
-        return missed or pulled.receipt.outcome in WITHOUT_EFFECT
 
     def _take_over(self, *, until: float) -> None:
         """Wait for the answers that are due until a step, and let the parameters have them."""
@@ -254,27 +214,25 @@ class DiLoCo:
             self._receipt = pulled.receipt
             self._synchronisations += 1
             self._discarded += pulled.receipt.outcome in WITHOUT_EFFECT
-            if self._left_behind(pulled):
+            if self._contribution.left_behind(pulled):
                 self._stop()
-                everything = pulled if len(self._parts) == 1 else self._weights.pull()
-                self._begin(everything, everything.version)
+                self._begin(self._contribution, pulled if len(self._fragments) == 1 else self._weights.pull())
                 return
             local = self._local(exchange.fragment.base)
             for name, value in pulled.items():
-                self._assign(name, self._merged(name, local[name], value, exchange.sent))
+                mixes = name not in self._contribution.buffers
+                self._assign(name, self._merged(local[name], value, exchange.sent.get(name)) if mixes else value)
             exchange.fragment.base = dict(pulled)
             self._under_way.popleft()
 
-    def _merged(self, name: str, local: Array, pulled: Array, sent: Arrays) -> Array:
-        """What a parameter becomes when its global value has come; a buffer becomes that."""
+    def _merged(self, local: Array, pulled: Array, sent: Array | None) -> Array:
+        """What a parameter becomes when its global value has come."""
         wide = np.result_type(local, np.float32)
         value: Any = pulled
-        if name in self._buffers:
-            return pulled
         if self._mixing is not None:
             value = self._mixing * local.astype(wide) + (1 - self._mixing) * pulled.astype(wide)
-        elif name in sent:
-            value = pulled + (local.astype(wide) - sent[name])
+        elif sent is not None:
+            value = pulled + (local.astype(wide) - sent)
         return np.asarray(value, dtype=pulled.dtype)
 
     def _wait(self, answer: Future[Parameters]) -> Parameters:
@@ -341,19 +299,11 @@ class _Exchange:
     sent: Arrays
 
 
-def _check_fragments(description: Description) -> None:
-    """Raises InvalidArgument for a set to which fragments can't be pushed in turn."""
-    policy, spec = description.policy, description.spec
-    if isinstance(policy, Buffered) or spec.transforms.accumulate > 1:
-        raise InvalidArgument(
-            f"expected one fragment in a set that adds up pushes, which are then of different tensors; got {policy}"
-        )
-    if isinstance(policy, Sync) and policy.late is Late.CARRY:
-        raise InvalidArgument(
-            f"expected one fragment, or late='discard': a late push is of another fragment; got {policy}"
-        )
-    if not isinstance(policy, Sync) and spec.pushes is Pushes.PARAMETERS:
-        raise InvalidArgument(
-            "expected one fragment, or pushes='deltas': without rounds, a set does not know from which version a fragment was "
-            f"trained; got {policy}"
-        )
+def _exchanged(
+    background: Background[Parameters], contribution: Contribution, push: Callable[[], Parameters]
+) -> Parameters:
+    """Push and pull, in the background, which ends where the set went on without this worker."""
+    pulled = push()
+    if contribution.left_behind(pulled):
+        background.stop()  # what waits behind it was trained from parameters that are too old
+    return pulled

@@ -211,8 +211,8 @@ class ParameterSet:
         """What became of the push for which OutcomeUnknown was raised: its receipt, or None if it was not applied.
 
         Raises OutcomeUnknown if the server has forgotten, or another handle has taken over. It may be asked again after
-        DeadlineExceeded, as a round that the push is part of may take longer than the client's timeout, and after RolledBack, if
-        the server came back from an older state.
+        DeadlineExceeded, as a round that the push is part of may take longer than the client's timeout, and after RolledBack,
+        if the server came back from an older state.
         """
         return self._session.settle()
 

@@ -10,6 +10,10 @@ from optserve.staleness import Staleness, check_count, check_number
 MOST_WORKERS = 65_536
 MOST_PUSHES = 1 << 20
 LONGEST_DEADLINE = 86_400.0  # seconds
+LEAST_SAMPLES, MOST_SAMPLES = (
+    1e-9,
+    1e12,
+)  # weights outside of these make zeros and infinities of ordinary gradients in float32
 
 
 class Late(enum.Enum):
@@ -127,7 +131,7 @@ class Buffered:
         if self.pushes is not None:
             check_count("pushes", self.pushes, 1, MOST_PUSHES)
         if self.samples is not None:
-            check_number("samples", self.samples, 0.0)
+            check_samples(self.samples)
         _check_staleness(self.staleness)
 
 
@@ -136,7 +140,7 @@ Policy = Async | Sync | BoundedStaleness | Buffered
 
 def check_samples(value: object) -> float:
     """How many samples a gradient is the mean of; raises InvalidPolicy."""
-    check_number("samples", value, 0.0)
+    check_number("samples", value, LEAST_SAMPLES, MOST_SAMPLES, above=False)
     return float(value)  # type: ignore[arg-type]
 
 

@@ -70,7 +70,9 @@ def _encode_sync(policy: Sync, stale: policy_pb2.Staleness | None) -> policy_pb2
 
 
 def _decode_sync(message: policy_pb2.Sync) -> Sync:
-    quarantine, aggregation = message.quarantine, _decode_aggregation(message.aggregation)
+    quarantine = message.quarantine
+    if message.late not in policy_pb2.Late.values():
+        raise InvalidPolicy(f"expected late to be LATE_DISCARD or LATE_CARRY; got {message.late}")
     return Sync(
         workers=message.workers or None,
         deadline=seconds_of(message.deadline),
@@ -79,14 +81,14 @@ def _decode_sync(message: policy_pb2.Sync) -> Sync:
         late=Late.CARRY if message.late == policy_pb2.LATE_CARRY else Late.DISCARD,
         deterministic=message.deterministic,
         staleness=_decode_staleness(message.staleness),
-        aggregation=aggregation,
+        aggregation=_decode_aggregation(message.aggregation) if message.HasField("aggregation") else None,
         quarantine=Quarantine(quarantine.factor, quarantine.strikes, quarantine.updates)
         if message.HasField("quarantine")
         else None,
     )
 
 
-def _decode_aggregation(message: policy_pb2.Aggregation) -> Aggregation | None:
+def _decode_aggregation(message: policy_pb2.Aggregation) -> Aggregation:
     match message.WhichOneof("kind"):
         case "median":
             return Median()
@@ -95,7 +97,9 @@ def _decode_aggregation(message: policy_pb2.Aggregation) -> Aggregation | None:
         case "krum":
             return Krum(message.krum.byzantine, message.krum.selected)
         case _:
-            return None
+            raise InvalidPolicy(
+                "expected a kind of aggregation: median, trimmed_mean or krum; got none that is known here"
+            )
 
 
 def _encode_staleness(choice: Staleness | None) -> policy_pb2.Staleness | None:

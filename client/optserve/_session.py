@@ -118,7 +118,7 @@ class Session:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
-            if receipt is not None:
+            if receipt is not None or self._member:
                 self._joined()
         if receipt is not None and receipt.refused and receipt.refusal is not None:
             raise receipt.refusal.error()

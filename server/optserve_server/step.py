@@ -1,7 +1,7 @@
 """One Step stream: messages in, answers out, in the order that `step.proto` lays down."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
@@ -215,7 +215,7 @@ class StepStream:
                         keys = snapshot.keys[index]
                         frame.message.parameters.tables.add(tensor=place, count=len(keys))
                         tensors.append((len(tensors), bytes_of(keys), keys.itemsize))
-                frame = yield from spread(frame, pack(tensors))
+                frame = yield from spread(frame, self._taken(pack(tensors)))
             frame.message.end = True
             yield frame
 
@@ -255,6 +255,12 @@ class StepStream:
         """Take note of the worker's being alive."""
         if self._session is not None:
             self._session.heard(self, waits=False)
+
+    def _taken(self, payloads: Iterable[Payload]) -> Iterator[Payload]:
+        """Payloads: that the next one is asked for says that the worker takes them."""
+        for payload in payloads:
+            self._heard()
+            yield payload
 
     def _let_go(self) -> None:
         """What the worker held in shared memory may change."""

@@ -1,6 +1,6 @@
 """Handwritten digits, and a network of three layers that reads them: NumPy, with the backward pass written by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -47,11 +47,11 @@ def load() -> tuple[Images, Images]:
     )
 
 
-def initial_parameters(seed: int, dtype: DTypeLike = np.float32) -> dict[str, Array]:
+def initial_parameters(seed: int, dtype: DTypeLike = np.float32, widths: Sequence[int] = WIDTHS) -> dict[str, Array]:
     """Weights, (inputs, outputs), with He's variance 2 / inputs, and biases of zero."""
     random = np.random.default_rng(seed)
     parameters: dict[str, Array] = {}
-    for layer, (inputs, outputs) in enumerate(pairwise(WIDTHS), start=1):
+    for layer, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         weight = random.normal(scale=np.sqrt(2 / inputs), size=(inputs, outputs))
         parameters[f"layer{layer}/weight"] = weight.astype(dtype)
         parameters[f"layer{layer}/bias"] = np.zeros(outputs, dtype)

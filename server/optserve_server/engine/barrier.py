@@ -9,17 +9,13 @@ from optserve_server.engine.members import Members
 class Barrier:
     """One set's barrier, again and again. Every method is called under the set's lock; who waits is woken by the caller.
 
-    A worker is there by the stream on which it came last.
+    A worker is there by the stream on which it came last. `passed` counts how often all have come.
     """
 
     def __init__(self, members: Members) -> None:
         self._members = members
         self._arrived: dict[str, tuple[object, float]] = {}  # on which stream and when, by client
-
-    @property
-    def passed(self) -> int:
-        """How often all have come."""
-        return self._members.barriers
+        self.passed = 0
 
     def arrive(self, client_id: str, stream: object) -> None:
         """Be there."""
@@ -30,11 +26,11 @@ class Barrier:
         if not all(member in self._arrived for member in self._members):
             return False
         self._arrived.clear()
-        self._members.barriers += 1
+        self.passed += 1
         return True
 
     def remaining(self, client_id: str, deadline: float) -> float:
-        """Seconds until something is due for one who is there, although nobody comes; raises RoundIncomplete after its deadline."""
+        """Seconds until something is due for one who is there, although nobody comes. Raises RoundIncomplete."""
         left = self._arrived[client_id][1] + deadline - time.monotonic()
         if left <= 0:
             missing = [member for member in self._members if member not in self._arrived]

@@ -1,7 +1,6 @@
 """Members: the workers of a set that others wait for, as long as something is heard of them."""
 
 import datetime
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +13,11 @@ BARRED = 65_536  # at most; the first is forgotten first
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One worker, since it joined, when there had been so many `barriers`: `clock` counts pushes that were decided on, for who is
-    ahead of whom; `version` is the one that the last of them led to."""
+    """One worker, since it joined: `clock` counts pushes that were decided on, for who is ahead of whom; `version` is the one
+    that the last of them led to."""
 
     session: Session
     clock: int
-    barriers: int
     join_time: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     pushes: int = 0
     staleness: int | None = None
@@ -30,8 +28,7 @@ class Members:
     """The members of one set, by client. Every method is called under the set's lock.
 
     One that leaves, or is not heard of during a `lease`, in seconds, leaves a vacancy, which the next that joins fills. What it
-    has read until then is `barred` at the version of that time: others have not waited for it since. `barriers` counts how often
-    all have come to one.
+    has read until then is `barred` at the version of that time: others have not waited for it since.
     """
 
     def __init__(self, lease: float) -> None:
@@ -39,7 +36,6 @@ class Members:
         self._members: dict[str, Member] = {}
         self._barred: dict[str, int] = {}
         self.vacancies = 0
-        self.barriers = 0
 
     def __contains__(self, client_id: str) -> bool:
         return client_id in self._members
@@ -55,7 +51,7 @@ class Members:
         member = self._members.get(session.client_id)
         if member is None:
             slowest = min((each.clock for each in self._members.values()), default=0)
-            member = self._members[session.client_id] = Member(session, slowest, self.barriers)
+            member = self._members[session.client_id] = Member(session, slowest)
             self.vacancies = max(0, self.vacancies - 1)
         member.session = session
         return member
@@ -80,7 +76,7 @@ class Members:
         return lapsed
 
     def next_end(self) -> float:
-        """When the next lease ends at the earliest, in monotonic seconds: one may begin now, as a worker joins or waits no more."""
+        """When the next lease may end, in monotonic seconds; one may begin now, as a worker joins or waits no more."""
         return min([time.monotonic() + self._lease, *map(self._end, self._members.values())])
 
     def barred(self, client_id: str) -> int | None:
@@ -123,4 +119,5 @@ class Members:
         ]
 
     def _end(self, member: Member) -> float:
-        return math.inf if member.session.waits else member.session.seen + self._lease
+        """When a lease ends; while its worker is made to wait, never sooner than in a whole one."""
+        return (time.monotonic() if member.session.waits else member.session.seen) + self._lease

@@ -23,6 +23,7 @@ from optserve._errors import (
     Refusal,
     ServerBusy,
     ServerError,
+    SessionSuperseded,
     TooStale,
     WorkerQuarantined,
 )
@@ -84,6 +85,7 @@ class ParameterSet:
         self._groups = resolve(spec)
         self._first_groups = at(self._groups, 0)  # for compiling loops; raises for a schedule that begins out of range
         self._changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self._policy_since: int | None = None
         self._position = Position(incarnation, 0)
         self._events = 0
         self._undone: tuple[tuple[int, int], ...] = ()
@@ -102,6 +104,7 @@ class ParameterSet:
         self.lease = lease
         self._rounds = Rounds(spec.policy, spec.transforms, self._members)
         self._barrier = Barrier(self._members)
+        self._opening: dict[str, object] = {}  # the last stream of each client that waits to be opened
         # In a set that holds moments only, these take the updates of the last push instead.
         self._buffers = Buffers(spec.tensors, self.layout, allocate)
         self._pipeline = Pipeline(spec, self.layout)
@@ -228,19 +231,24 @@ class ParameterSet:
             check_policy(self.spec, policy)
         with self._lock:
             self._check_alive()
-            if policy is not None:
-                self._make_room(policy)
             groups = change(self._groups, changes)
             for group in groups:
                 if group.name in changes:
                     group.optimizer.at(self._position.version)  # raises for a schedule that is out of range already
             event = Event(self._events + 1, self._position.version, changes=changes, policy=policy)
-            self._log.append([event])
+            try:
+                if policy is not None:
+                    self._make_room(policy)
+                self._log.append([event])
+            except BaseException:
+                self._pipeline.settle(self._progress.accumulated)
+                raise
             self._broken = True
             self._changes.extend(differences(self._groups, groups, self._position.version))
             self._groups = groups
             if policy is not None:
                 self._follow(policy)
+                self._policy_since = self._position.version
             self._events = event.number
             self._broken = False
             self._changed.notify_all()
@@ -266,16 +274,43 @@ class ParameterSet:
         """
         with self._lock:
             self._check_alive()
-            while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
-                self._changed.wait(self._rounds.remaining)
-                self._end_round()
-                self._check_alive()
+            self._opening[client_id] = stream
+            self._changed.notify_all()
+            try:
+                while self._rounds.has(client_id):  # and so be decided on, before its worker is told what became of it
+                    self._changed.wait(self._rounds.remaining)
+                    self._end_round()
+                    self._check_alive()
+                    self._check_opening(client_id, stream)
+            finally:
+                if self._opening.get(client_id) is stream:
+                    del self._opening[client_id]
             session = self._sessions.open(client_id, epoch, stream)
             if joins or client_id in self._members:
-                self._members.join(session)
+                self._join(session)
             self._changed.notify_all()  # its older stream may wait
         self._log.wait(session.last_event)
         return session
+
+    def _check_opening(self, client_id: str, stream: object) -> None:
+        """Raises SessionSuperseded if a later stream of the client waits here as well: its worker has given this one up."""
+        if self._opening.get(client_id) is not stream:
+            raise SessionSuperseded(
+                f"client {client_id!r} opened a newer stream on this set; use one handle per worker"
+            )
+
+    def _join(self, session: Session) -> None:
+        """Let a worker be a member, or stay one; who makes room for it is gone."""
+        if session.barriers is None:
+            session.barriers = self._barrier.passed
+        if session.client_id not in self._members:
+            self._lapse()
+        self._members.join(session)
+
+    def _lapse(self) -> None:
+        """Let those go whose leases have ended."""
+        for client_id in self._members.lapse(self._position.version):
+            self._pipeline.bases.let_go(client_id)
 
     def begin(
         self,
@@ -357,13 +392,12 @@ class ParameterSet:
 
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
-        for client_id in self._members.lapse(self._position.version):
-            self._pipeline.bases.let_go(client_id)
+        self._lapse()
         if together := self._rounds.over(self._position.version):
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
                 decision = self._decide(together, draft, self._events + 1)
-            except Exception as error:
+            except Exception as error:  # of which each that waits has to hear
                 for each in together:
                     each.fail(error)
             else:
@@ -404,17 +438,18 @@ class ParameterSet:
             session.heard(stream, waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:
-        """Return once all members have come to the barrier after `known` others, or to the first one since this worker is a
-        member; how many there were then.
+        """Return once all members have come to the barrier after `known` others; how many there were then.
 
-        Raises RoundIncomplete, SessionSuperseded or ServerDraining.
+        Those that there were before the worker was a member are none of its own. Raises RoundIncomplete, SessionSuperseded or
+        ServerDraining.
         """
         deadline = getattr(self._rounds.policy, "deadline", BARRIER_DEADLINE)
         with self._lock:
             self._check_alive()
             session.check_stream(stream)
             session.heard(stream, waits=True)
-            known = max(known, self._members.join(session).barriers)
+            self._join(session)
+            known = min(max(known, session.barriers or 0), self._barrier.passed)
             self._barrier.arrive(session.client_id, stream)
             try:
                 while self._barrier.passed <= known:
@@ -487,6 +522,7 @@ class ParameterSet:
     def _hold(self, reader: Session | None) -> None:
         """Keep what a worker reads, if that will be looked at when it pushes."""
         if reader is not None and self._pipeline.keeps_bases:
+            self._lapse()
             self._pipeline.bases.hold(reader.client_id, self._position.version, self._buffers.current.arena)
 
     def snapshot(
@@ -559,6 +595,7 @@ class ParameterSet:
                 events=self._events,
                 undone=self._undone,
                 policy=self._rounds.policy,
+                policy_since=self._policy_since,
                 keys={index: list(table.keys) for index, table in self._pipeline.tables.items()},
             )
 
@@ -583,6 +620,7 @@ class ParameterSet:
         self._progress = state.progress.copy()
         self._pipeline.make_room(state.policy, accumulated=state.progress.accumulated)
         self._follow(state.policy)
+        self._policy_since = state.policy_since
         self._sessions.restore(state.sessions, state.forgotten)
 
     def repeat(self, event: Event) -> None:
@@ -609,6 +647,7 @@ class ParameterSet:
             if event.policy is not None:
                 self._pipeline.make_room(event.policy)
                 self._follow(event.policy)
+                self._policy_since = self._position.version
             self._events = event.number
             for each in event.pushes:
                 self._sessions.resume(each.client_id, each.epoch).record(each.digest, each.receipt, event.number)
@@ -732,7 +771,7 @@ class ParameterSet:
     def _joins_round(self, commit: Commit) -> bool:
         """Let a push wait for others, if that is how it is to be."""
         self._discard(commit)
-        self._members.join(commit.session)
+        self._join(commit.session)
         self._rounds.join(commit)
         if not self._rounds.has(commit.session.client_id):
             return False

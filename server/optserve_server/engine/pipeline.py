@@ -128,6 +128,8 @@ class Pipeline:
         self.policy = policy
         self._compiled = set()
         self._gathers = gathers(self._spec, policy)
+        if not self.keeps_bases:
+            self.bases.clear()
         self.bases.measure(policy.staleness)
         self._trigger = trigger_of(policy, self._spec.transforms)
         self.settle(accumulated)
@@ -326,25 +328,26 @@ class Pipeline:
 
     def compile_for(self, read: Read, group: TensorGroup, arenas: Arenas) -> None:
         """As `compile`, for gradients of a dtype (and parameters of one, in a set that holds moments only)."""
-        if read in self._compiled:
+        compiled, mean = self._compiled, self.mean  # as they are now: the policy may change meanwhile
+        if read in compiled:
             return
         alone = Threads(1)
         gradient = read[0]
         for dtype in filter(None, read):
             guard_loop(dtype)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
-        if self.mean is not None:
-            self.mean.compile(gradient)
+        if mean is not None:
+            mean.compile(gradient)
             if (compensated := self._compensated) is not None:
-                self.mean.compile_compensated(gradient, compensated)
-            if self._aggregation is not None:
-                aggregation.compile(self._layout, self._aggregation)
+                mean.compile_compensated(gradient, compensated)
+            if (robust := self._aggregation) is not None:
+                aggregation.compile(self._layout, robust)
             gradient = dtype_of(gradient)
             guard_loop(gradient)(np.empty((0, 4), np.int64), np.empty(0), np.empty(0, np.uint32))
         if self._loops is not None:
             self._loops.compile((gradient, read[1]), group, arenas, alone)
         if self._averages:
             averages.compile(self._layout)
-        self._compiled.add(read)
+        compiled.add(read)
 
     def _factors(self, pushed: Pushed) -> Factors:
         """What the gradients of a push are multiplied by."""

@@ -26,7 +26,8 @@ class Kept(NamedTuple):
 class Session:
     """One worker's pushes into one set under one server-issued epoch; up to `durable_sequence` on stable storage.
 
-    It was last heard of when it was `seen`, in monotonic seconds; nothing is expected of it while it `waits` for others.
+    It was last heard of when it was `seen`, in monotonic seconds; nothing is expected of it while it `waits` for others. There
+    had been so many `barriers` when its worker first was a member.
     """
 
     client_id: str
@@ -37,6 +38,7 @@ class Session:
     stream: object = None
     seen: float = field(default_factory=time.monotonic)
     waits: bool = False
+    barriers: int | None = None
 
     @property
     def last_receipt(self) -> Receipt | None:
@@ -49,7 +51,7 @@ class Session:
         return self.receipts[self.last_sequence].event if self.receipts else 0
 
     def heard(self, stream: object, *, waits: bool) -> None:
-        """Take note that the worker is alive now, and whether it is made to wait from now on. Older streams say nothing of it."""
+        """Take note that the worker is alive, and whether it is made to wait from now on. Older streams say nothing of it."""
         if self.stream is stream:
             self.seen, self.waits = time.monotonic(), waits
 
@@ -101,7 +103,9 @@ class Sessions:
 
     def copy(self) -> list[Session]:
         """All sessions, the one idle for longest first, without their streams."""
-        return [replace(each, receipts=each.receipts.copy(), stream=None) for each in self._by_client.values()]
+        return [
+            replace(each, receipts=each.receipts.copy(), stream=None, waits=False) for each in self._by_client.values()
+        ]
 
     def restore(self, sessions: Iterable[Session], forgotten: int) -> None:
         """Take sessions over, from `copy`."""

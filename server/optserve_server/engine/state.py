@@ -25,9 +25,10 @@ class State:
     """A set at a position, after a number of `events`.
 
     `optimizers` holds the hyperparameters in force by group, or their schedules, `changes` how they came to be, `policy` the
-    one in force; `arenas` the parameters (absent in a set that holds moments only), the slots by name and the mean that pushes
-    accumulate in; `sessions` who has pushed what, and `forgotten` the last epoch that is over; `undone` the first and last
-    events of each part of history that was rewound; `keys` those of each table, by its index, in the order of its rows.
+    one in force, and `policy_since` the version at which it took the place of another, if it did; `arenas` the parameters
+    (absent in a set that holds moments only), the slots by name and the mean that pushes accumulate in; `sessions` who has
+    pushed what, and `forgotten` the last epoch that is over; `undone` the first and last events of each part of history that
+    was rewound; `keys` those of each table, by its index, in the order of its rows.
     """
 
     spec: ParameterSetSpec
@@ -42,6 +43,7 @@ class State:
     events: int = 0
     undone: tuple[tuple[int, int], ...] = ()
     policy: Policy = ASYNC
+    policy_since: int | None = None
     keys: dict[int, list[int]] = field(default_factory=dict)
 
     @property

@@ -60,6 +60,7 @@ def to_bytes(manifest: Manifest) -> bytes:
             "undone": state.undone,
             "create_time": state.create_time.isoformat(),
             "policy": json_format.MessageToDict(encode_policy(state.policy)),
+            "policy_since": state.policy_since,
             "optimizers": {
                 name: json_format.MessageToDict(encode_optimizer(each)) for name, each in state.optimizers.items()
             },
@@ -96,6 +97,7 @@ def from_bytes(data: bytes) -> Manifest:
         position=Position(record["incarnation"], record["version"]),
         create_time=datetime.datetime.fromisoformat(record["create_time"]),
         policy=decode_policy(json_format.ParseDict(record["policy"], policy_pb2.Policy())),
+        policy_since=record["policy_since"],
         optimizers={name: _to_optimizer(each) for name, each in record["optimizers"].items()},
         changes=[_to_change(each) for each in record["changes"]],
         arenas={},

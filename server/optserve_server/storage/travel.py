@@ -96,4 +96,5 @@ def _repeat_until(home: Path, parameter_set: ParameterSet, newest: State, versio
 def _is_first(state: State) -> bool:
     """Whether nothing that changes a state has happened since its last update."""
     progress, version = state.progress, state.position.version
-    return not (progress.accumulated or progress.skipped or any(each.version == version for each in state.changes))
+    changed = version == state.policy_since or any(each.version == version for each in state.changes)
+    return not (progress.accumulated or progress.skipped or changed)

@@ -1,0 +1,50 @@
+"""Many workers in one process: `python -m benchmarks.pusher ADDRESS SET FIRST COUNT SIZE`.
+
+Each is a thread with a connection of its own, and pushes a gradient of `SIZE` elements, not the others'. The process says
+`ready`; then, for each line on stdin, a number of pushes, each worker does as many, and the process prints as JSON, for
+each worker and push, when it ended by the monotonic clock, and the seconds it took.
+"""
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+
+import optserve
+from benchmarks.ours.worker import TENSOR
+from optserve import ParameterSet
+from optserve._transport import CHANNEL_OPTIONS
+
+CHANNEL_OPTIONS.append(("grpc.use_local_subchannel_pool", 1))  # else channels of one process share a connection
+
+
+def main(address: str, set_id: str, first: str, count: str, size: str) -> None:
+    """Push until stdin ends."""
+    workers = range(int(first), int(first) + int(count))
+    gradients = [{TENSOR: np.random.default_rng(worker).standard_normal(int(size), np.float32)} for worker in workers]
+    with ExitStack() as stack, ThreadPoolExecutor(len(workers)) as threads:
+        sets = []
+        for worker in workers:
+            client = stack.enter_context(optserve.Client(address, transport="stream"))
+            sets.append(stack.enter_context(client.parameter_set(set_id).worker(f"worker-{worker}")))
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(list(threads.map(push, sets, gradients, [int(line)] * len(workers)))), flush=True)
+
+
+def push(weights: ParameterSet, gradient: dict[str, np.ndarray], times: int) -> list[tuple[float, float]]:
+    """When each push ended, and its seconds."""
+    pushes = []
+    for _ in range(times):
+        began = time.monotonic()
+        weights.push(gradient)
+        ended = time.monotonic()
+        pushes.append((ended, ended - began))
+    return pushes
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
