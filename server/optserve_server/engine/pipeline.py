@@ -19,7 +19,7 @@ from optserve._treatments import Treatment
 from optserve.aggregation import Aggregation
 from optserve.optim import Group
 from optserve.staleness import DelayCompensation, GapAware
-from optserve_server.engine import aggregation, averages, clipping, rows, slot_formats
+from optserve_server.engine import aggregation, averages, bases, clipping, rows, slot_formats
 from optserve_server.engine.arena import Arena, Layout, Place
 from optserve_server.engine.bases import Bases
 from optserve_server.engine.clipping import Clipping
@@ -347,6 +347,8 @@ class Pipeline:
             self._loops.compile((gradient, read[1]), group, arenas, alone)
         if self._averages:
             averages.compile(self._layout)
+        if isinstance(self.policy.staleness, GapAware):
+            bases.compile(self._layout)
         compiled.add(read)
 
     def _factors(self, pushed: Pushed) -> Factors:
