@@ -177,6 +177,7 @@ class World:
         self.records: dict[tuple[str, int, int], tuple[Sent, Receipt]] = {}
         self.told: set[tuple[str, int, int]] = set()
         self.barriers = 0
+        self.first_barriers: dict[tuple[str, int], int] = {}  # that there had been when a session first joined
         self.disk_fails = False
         self.draining = False
         self.failure: BaseException | None = None
@@ -502,6 +503,8 @@ class World:
             assert activity.session is not None
             activity.phase, activity.began = "barrier", self.stage.now
             activity.deadline = getattr(self.policy, "deadline", parameter_set.BARRIER_DEADLINE)
+            known = max(worker.barriers, self.first_barriers.get((worker.name, worker.epoch), self.barriers))
+            activity.passed = known < self.barriers  # without it, though it was a member before
             count = self.set.barrier(activity.session, activity.stream, worker.barriers)
             if not activity.passed:
                 there = self.at_barrier()
@@ -569,7 +572,9 @@ class World:
         now, name, policy = self.stage.now, activity.worker.name, self.policy
         match activity.phase:
             case "open":
-                return any(each.worker.name == name and each.phase == "push" for each in self.activities)
+                own = [each for each in self.activities if each.worker.name == name]
+                last = [each for each in own if each.phase == "open"][-1]
+                return activity is last and any(each.phase == "push" for each in own)
             case "turn":
                 assert isinstance(policy, BoundedStaleness)
                 blocked = self.known.ahead(name) > policy.bound and activity.current
@@ -624,6 +629,7 @@ class Observed(Members):
 
     def join(self, session: Session) -> Member:
         self._world.known.join(session.client_id)
+        self._world.first_barriers.setdefault((session.client_id, session.epoch), self._world.barriers)
         return super().join(session)
 
     def leave(self, client_id: str, version: int) -> bool:
