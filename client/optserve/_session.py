@@ -235,7 +235,7 @@ class Session:
                 if self._closed:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
                 if isinstance(error, OptserveError) and error.retryable and retry.pause(error):
-                    said = f"; what was said before: {error}"
+                    said = f"; what was said before: {error}" if isinstance(error, ServerBusy) else ""
                     continue
                 if isinstance(error, DeadlineExceeded) and (said or connected):
                     hint = (
