@@ -267,8 +267,8 @@ class ParameterSet:
     def barrier(self) -> None:
         """Wait until all members of the set have come to a barrier; this handle is one of them from now on.
 
-        Who leaves, or whose lease ends, is waited for no more. Raises DeadlineExceeded or RoundIncomplete if the others take
-        longer than the client's timeout.
+        Who leaves, or whose lease ends, is waited for no more. Raises RoundIncomplete if the others take longer than the
+        policy's deadline, 60 seconds if it has none.
         """
         self._session.barrier()
 

@@ -27,6 +27,7 @@ from optserve._errors import (
     OptserveError,
     OutcomeUnknown,
     RolledBack,
+    RoundIncomplete,
     ServerBusy,
     ServerDraining,
     ServerError,
@@ -234,7 +235,8 @@ class Session:
                 self._disconnect()
                 if self._closed:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
-                if isinstance(error, OptserveError) and error.retryable and retry.pause(error):
+                over = exchange.barrier and isinstance(error, RoundIncomplete)  # for good: it had its own deadline
+                if isinstance(error, OptserveError) and error.retryable and not over and retry.pause(error):
                     said = f"; what was said before: {error}" if isinstance(error, ServerBusy) else ""
                     continue
                 if isinstance(error, DeadlineExceeded) and (said or connected):

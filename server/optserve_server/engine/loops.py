@@ -298,10 +298,11 @@ def compensated_mean_loop(dtype: DType, kind: Compensation, *, differences: bool
     """`mean(table, scalars, arena, now, base, squares)`: as `mean_loop`, of gradients that are compensated first.
 
     A row of `scalars`, of the arena's dtype, is a weight, what is multiplied with the elements, and the compensation's scale.
-    With `differences`, the elements are parameters, and their gradient is `base` less those. For gaps, `squares` are mean
-    squares of each element's steps, and the scale is what they are to be multiplied by.
+    With `differences`, the elements are parameters, and their gradient is `base`, rounded as they are, less those. For gaps,
+    `squares` are mean squares of each element's steps, and the scale is what they are to be multiplied by.
     """
     decode, (read, new_buffer) = decoder(dtype), reader(dtype)
+    encode = encoder(dtype) if differences else decode
 
     @njit(error_model="numpy")
     def delayed(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
@@ -318,7 +319,7 @@ def compensated_mean_loop(dtype: DType, kind: Compensation, *, differences: bool
 
     @njit(error_model="numpy")
     def difference(value: Any, factor: Any, base: Any) -> Any:
-        return base - value
+        return decode(encode(base)) - value
 
     @njit(error_model="numpy")
     def scaled(value: Any, factor: Any, base: Any) -> Any:

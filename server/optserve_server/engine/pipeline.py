@@ -128,6 +128,8 @@ class Pipeline:
         self.policy = policy
         self._compiled = set()
         self._gathers = gathers(self._spec, policy)
+        if not self.keeps_bases:
+            self.bases.clear()
         self.bases.measure(policy.staleness)
         self._trigger = trigger_of(policy, self._spec.transforms)
         self.settle(accumulated)
