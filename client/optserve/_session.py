@@ -237,7 +237,7 @@ class Session:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
                 over = exchange.barrier and isinstance(error, RoundIncomplete)  # for good: it had its own deadline
                 if isinstance(error, OptserveError) and error.retryable and not over and retry.pause(error):
-                    said = f"; what was said before: {error}"
+                    said = f"; what was said before: {error}" if isinstance(error, ServerBusy) else ""
                     continue
                 if isinstance(error, DeadlineExceeded) and (said or connected):
                     hint = (
