@@ -288,3 +288,21 @@ def test_a_round_that_could_never_fit_is_refused_at_once() -> None:
         with pytest.raises(optserve.InvalidPolicy, match="at most 1,048,576"):
             client.create_parameter_set("a", {"x": np.zeros(1 << 17, np.float32)}, optim.SGD(), policy=kept)
         client.create_parameter_set("a", {"x": np.zeros(1 << 17, np.float32)}, optim.SGD(), policy=Sync(2))
+
+
+def test_a_member_that_only_watches_is_waited_for_once(client: optserve.Client, new_id: NewId) -> None:
+    weights = client.create_parameter_set(new_id(), START, optim.SGD(), policy=Sync(deadline=0.5))
+    with weights.worker("monitor"), weights.worker("worker") as worker:
+        for version in (1, 2):
+            assert worker.step(START).version == version
+            assert [each.client_id for each in weights.workers()] == ["worker"]
+
+
+def test_once_all_have_left_the_next_run_waits_for_all_again(server: Server, new_id: NewId) -> None:
+    with optserve.Client(server.address, timeout=1.0) as client:
+        weights = client.create_parameter_set(new_id(), START, optim.SGD(), policy=Sync(2, deadline=0.3))
+        with weights.worker("a") as first, weights.worker("b") as second:
+            step_together([first, second], [START, START])
+        with weights.worker("c") as alone, pytest.raises(optserve.OptserveError):
+            alone.step(START)
+        assert weights.describe().version == 1

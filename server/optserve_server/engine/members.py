@@ -56,23 +56,28 @@ class Members:
         member.session = session
         return member
 
-    def leave(self, client_id: str, version: int) -> bool:
-        """Be no member any more; whether it was one."""
+    def leave(self, client_id: str, version: int) -> None:
+        """Be no member any more. Once the last one has left, nobody is missing: whoever comes next begins anew."""
+        self.dismiss(client_id, version)
+        if not self._members:
+            self.vacancies = 0
+
+    def dismiss(self, client_id: str, version: int) -> None:
+        """Count a member as gone."""
         if self._members.pop(client_id, None) is None:
-            return False
+            return
         self.vacancies += 1
         self._barred.pop(client_id, None)
         self._barred[client_id] = version
         if len(self._barred) > BARRED:
             del self._barred[next(iter(self._barred))]
-        return True
 
     def lapse(self, version: int) -> list[str]:
         """Those whose lease has ended, who are no members any more."""
         now = time.monotonic()
         lapsed = [client_id for client_id, each in self._members.items() if self._end(each) <= now]
         for client_id in lapsed:
-            self.leave(client_id, version)
+            self.dismiss(client_id, version)
         return lapsed
 
     def next_end(self) -> float:

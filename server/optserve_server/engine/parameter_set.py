@@ -393,7 +393,7 @@ class ParameterSet:
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
         self._lapse()
-        if together := self._rounds.over(self._position.version):
+        if together := self._round_over():
             draft = Draft(self._groups, self._position, self._progress.copy())
             try:
                 decision = self._decide(together, draft, self._events + 1)
@@ -404,6 +404,13 @@ class ParameterSet:
                 self._settle(draft, [decision], together)
             finally:
                 self._changed.notify_all()
+
+    def _round_over(self) -> list[Commit]:
+        """The pushes of a round that is over; no other waits again for those that it has waited for in vain."""
+        together = self._rounds.over(self._position.version)
+        for client_id in self._rounds.overdue:
+            self._dismiss(client_id)
+        return together
 
     @property
     def takes_turns(self) -> bool:
@@ -474,7 +481,8 @@ class ParameterSet:
         """Be no member any more: nobody waits for this worker. Raises SessionSuperseded."""
         with self._lock:
             session.check_stream(stream)
-            self._dismiss(session.client_id)
+            self._members.leave(session.client_id, self._position.version)
+            self._pipeline.bases.let_go(session.client_id)
             self._end_round()
             self._changed.notify_all()
 
@@ -492,7 +500,7 @@ class ParameterSet:
 
     def _dismiss(self, client_id: str) -> None:
         """Wait for a member no more."""
-        self._members.leave(client_id, self._position.version)
+        self._members.dismiss(client_id, self._position.version)
         self._pipeline.bases.let_go(client_id)
 
     def workers(self) -> list[Worker]:
@@ -761,7 +769,7 @@ class ParameterSet:
                     commit.settle(first.receipt, first.event)
                     continue
                 commit.staleness = draft.staleness(commit.push)
-                if not self._joins_round(commit) or (together := self._rounds.over(self._position.version)):
+                if not self._joins_round(commit) or (together := self._round_over()):
                     decisions.append(self._decide(together, draft, self._events + len(decisions) + 1))
             except Exception as error:
                 for each in together:

@@ -38,6 +38,7 @@ class Rounds:
         self._barred: Mapping[str, int] = {}
         self._draining = False
         self.folded: Folded | None = None
+        self.overdue: Sequence[str] = ()
         self.policy = policy
         self._watch = self._watch_of(policy)
 
@@ -92,12 +93,16 @@ class Rounds:
     def over(self, version: int) -> list[Commit]:
         """The pushes of the round if it is over, in the order of the workers' ids; otherwise none.
 
-        One that has taken too long with too few is given up. The set is at a version.
+        One that has taken too long with too few is given up. The set is at a version. Members that an elastic round has waited
+        for until its deadline are `overdue` then.
         """
+        self.overdue = ()
         if not self._waiting:
             return []
         self._barred = self.quarantined(version)
         late = time.monotonic() >= self._deadline
+        if late and self.sync is not None and self.sync.workers is None:
+            self.overdue = tuple(each for each in self._members if each not in self._waiting)
         if len(self._waiting) >= self._least and (late or self._complete or time.monotonic() >= self._quorum_over):
             return self._take()
         if late:
