@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import Async, BoundedStaleness, Buffered, Sync, optim, staleness
+from optserve import Async, Buffered, Sync, optim, staleness
 from optserve.v1 import optimizer_service_pb2, optimizer_service_pb2_grpc, policy_pb2, step_pb2, tensor_pb2
 from optserve_server import Config, Server
 from optserve_server.engine.parameter_set import ParameterSet
@@ -286,3 +286,14 @@ def test_a_push_may_begin_while_the_policy_changes(
     monkeypatch.setattr(Pipeline, "_compensated", property(changing))
     monkeypatch.setattr(parameter_set._pipeline, "_compiled", set())
     assert client.parameter_set(set_id).push(ONES).applied
+
+
+def test_who_waits_in_vain_is_told_for_whom(client: optserve.Client, server: Server, new_id: NewId) -> None:
+    set_id, soon = new_id(), new_id()
+    made(client, server, set_id, Sync(8))
+    made(client, server, soon, Sync(8, deadline=0.1))
+    with optserve.Client(server.address, transport="stream", timeout=0.8) as hasty:
+        with pytest.raises(optserve.OutcomeUnknown, match=r"may wait for other workers, of whom `workers\(\)` says"):
+            hasty.parameter_set(set_id).push(ONES)
+        with pytest.raises(optserve.OptserveError, match=r"expected pushes of 8 workers within 0\.1 s; 1 came"):
+            hasty.parameter_set(soon).push(ONES)

@@ -7,10 +7,12 @@ and nobody waits without a reason.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from optserve._errors import (
 )
 from optserve._policies import Late, Policy
 from optserve._results import Position
-from optserve._specification import ParameterSetSpec
+from optserve._specification import Holds, ParameterSetSpec
 from optserve._wire import pack
 from optserve_server.engine import parameter_set
 from optserve_server.engine.history import Event
@@ -131,10 +133,35 @@ class Known:
         return self.clocks[name] - min(self.clocks.values()) if name in self.clocks else 0
 
 
+def created(policy: Policy, lease: float, dtype: Any = np.float64, holds: Holds = Holds.PARAMETERS) -> ParameterSet:
+    """A set of zeros, whose parameters are the sum of what is pushed, with the other sign."""
+    start = np.zeros(SIZE, dtype)
+    spec = ParameterSetSpec("zeros", (TensorSpec.of("x", start),), optim.SGD(lr=1.0), holds=holds, policy=policy)
+    each = ParameterSet(spec, incarnation=1, threads=THREADS, lease=lease)
+    if holds is Holds.PARAMETERS:
+        staging = Staging(spec.tensors, THREADS)
+        for payload in pack([(0, start.view(np.uint8).data, start.itemsize)]):
+            staging.add(payload.runs, payload.buffer)
+        staging.finish()
+        each.load(staging)
+    return each
+
+
+def received(
+    each: ParameterSet, sequence: int, gradient: Array, base: Position | None = None, samples: float = 1.0
+) -> Push:
+    """A push as it came over the wire."""
+    push = each.begin(sequence, [Declared(TensorSpec.of("x", gradient))], base=base, samples=samples)
+    for payload in pack([(0, gradient.view(np.uint8).data, gradient.itemsize)]):
+        push.add(payload.runs, payload.buffer, replace=False)
+    push.finish()
+    return push
+
+
 class World:
     """A set, its workers, and a model of what must become of all of them."""
 
-    def __init__(self, policy: Policy, lease: float) -> None:
+    def __init__(self, policy: Policy, lease: float = LEASE, dtype: Any = np.float64) -> None:
         self.stage = Stage()
         self.stage.__enter__()
         self.lease, self.policy, self.changes = lease, policy, 0
@@ -142,6 +169,7 @@ class World:
         self.activities: list[Activity] = []
         self.known = Known()
         self.version = 0
+        self.dtype = np.dtype(dtype)
         self.parameters = np.zeros(SIZE)
         self.versions = {0: self.parameters.copy()}
         self.pending: list[tuple[int, float, float]] = []  # element, samples, weight
@@ -149,19 +177,14 @@ class World:
         self.records: dict[tuple[str, int, int], tuple[Sent, Receipt]] = {}
         self.told: set[tuple[str, int, int]] = set()
         self.barriers = 0
+        self.first_barriers: dict[tuple[str, int], int] = {}  # that there had been when a session first joined
         self.disk_fails = False
         self.draining = False
         self.failure: BaseException | None = None
         self._places = iter(range(SIZE))
-        spec = ParameterSetSpec("policies", (TensorSpec.of("x", self.parameters),), optim.SGD(lr=1.0), policy=policy)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parameter_set, "Members", lambda lease: Observed(lease, self))
-            self.set = ParameterSet(spec, incarnation=1, threads=THREADS, lease=lease)
-        staging = Staging(spec.tensors, THREADS)
-        for payload in pack([(0, self.parameters.view(np.uint8).data, 8)]):
-            staging.add(payload.runs, payload.buffer)
-        staging.finish()
-        self.set.load(staging)
+            self.set = created(policy, lease, dtype)
         self.set.keep(self)
 
     # What the set tells its log.
@@ -184,8 +207,9 @@ class World:
     def happened(self, event: Event) -> None:
         """Take note of an event, and check that it is as it must be."""
         if event.policy is not None:
-            if event.policy.__class__ is not self.policy.__class__ or event.policy != self.policy:
-                self.policy = event.policy
+            if getattr(event.policy, "workers", None) != getattr(self.policy, "workers", None):
+                self.known.vacancies = 0
+            self.policy = event.policy
             self.changes += 1
             return
         outcomes = {each.receipt.outcome for each in event.pushes}
@@ -211,6 +235,7 @@ class World:
 
     def record(self, pushed: Any) -> Sent:
         """What was sent of what was decided on now, and never before."""
+        assert self.pushing(pushed.client_id).current, "a newer stream was told that this was not applied"
         key = pushed.client_id, pushed.epoch, pushed.receipt.sequence
         assert key not in self.records, "a sequence is consumed twice"
         (sent,) = [each for each in self.attempts[key] if each.digest == pushed.digest][-1:]
@@ -332,7 +357,7 @@ class World:
         try:
             call(activity)
         except OptserveError as error:
-            self.note(lambda: self.check_error(activity, error))
+            self.note(partial(self.check_error, activity, error))
         except BaseException as error:
             self.failure = self.failure or error
         activity.phase = ""
@@ -381,33 +406,26 @@ class World:
             if (sent := worker.unsettled) is not None and session.last_sequence == sent.sequence:
                 receipt = self.set.last_receipt(session)
                 assert receipt is not None
-                self.tell(worker, sent, receipt)
+                self.tell(worker, session, sent, receipt)
 
         self.act("open", worker, run)
 
-    def tell(self, worker: Worker, sent: Sent, receipt: Receipt) -> None:
+    def tell(self, worker: Worker, session: Session, sent: Sent, receipt: Receipt) -> None:
         """A worker gets a receipt."""
-        key = worker.name, worker.epoch, sent.sequence
+        key = worker.name, session.epoch, sent.sequence
         recorded, first = self.records[key]
-        self.note(lambda: self.check_told(sent, recorded, receipt, first))
+        assert recorded is sent
+        assert replace(receipt, duplicate=False) == first
         self.told.add(key)
         if worker.unsettled is sent:
             worker.unsettled, worker.settled = None, sent
 
-    def check_told(self, sent: Sent, recorded: Sent, receipt: Receipt, first: Receipt) -> None:
-        assert recorded is sent
-        assert replace(receipt, duplicate=False) == first
-
     def prepared(self, sent: Sent) -> Push:
         """A push as it came over the wire."""
-        gradient = np.zeros(SIZE)
+        gradient = np.zeros(SIZE, self.dtype)
         gradient[sent.place] = 1.0 if sent.finite else math.nan
         base = None if sent.base is None else Position(1, sent.base)
-        declared = [Declared(TensorSpec.of("x", gradient))]
-        push = self.set.begin(sent.sequence, declared, base=base, samples=sent.samples)
-        for payload in pack([(0, gradient.view(np.uint8).data, 8)]):
-            push.add(payload.runs, payload.buffer, replace=False)
-        push.finish()
+        push = received(self.set, sent.sequence, gradient, base, sent.samples)
         assert (push.refusal is None) == sent.finite
         if push.refusal is not None:
             assert push.refusal.reason == NonFiniteValue.reason()
@@ -435,11 +453,8 @@ class World:
         activity.deadline = getattr(self.policy, "deadline", math.inf)
         activity.round_began = min(each.began for each in self.activities if each.phase == "push")
         receipt, _ = self.set.push(session, activity.stream, push, pull=False)
-        if session.epoch == worker.epoch:
-            self.tell(worker, sent, receipt)
-        else:
-            self.told.add((worker.name, session.epoch, sent.sequence))
-        assert not receipt.duplicate or not activity.current
+        self.tell(worker, session, sent, receipt)
+        assert not receipt.duplicate
 
     def take_turn(self, activity: Activity) -> None:
         assert activity.session is not None
@@ -461,7 +476,7 @@ class World:
             receipt, _ = self.set.push(activity.session, activity.stream, self.prepared(sent), pull=False)
             assert receipt.duplicate
             assert len(self.records) == before
-            self.tell(worker, sent, receipt)
+            self.tell(worker, activity.session, sent, receipt)
 
         self.act("repeat", worker, run)
 
@@ -472,7 +487,7 @@ class World:
             self.take_turn(activity)
             snapshot = self.set.snapshot(pinned=False, reader=activity.session)
             assert snapshot is not None
-            version, array = snapshot.position.version, snapshot.data[0].view(np.float64)
+            version, array = snapshot.position.version, snapshot.data[0].view(self.dtype)
             np.testing.assert_allclose(array, self.versions[version], rtol=0, atol=1e-12)
             if isinstance(self.policy, BoundedStaleness) and activity.changes == self.changes:
                 assert self.known.ahead(worker.name) <= self.policy.bound
@@ -488,6 +503,8 @@ class World:
             assert activity.session is not None
             activity.phase, activity.began = "barrier", self.stage.now
             activity.deadline = getattr(self.policy, "deadline", parameter_set.BARRIER_DEADLINE)
+            known = max(worker.barriers, self.first_barriers.get((worker.name, worker.epoch), self.barriers))
+            activity.passed = known < self.barriers  # without it, though it was a member before
             count = self.set.barrier(activity.session, activity.stream, worker.barriers)
             if not activity.passed:
                 there = self.at_barrier()
@@ -509,6 +526,12 @@ class World:
             for each in self.activities
             if each.phase == "barrier" and each.current and not each.passed
         }
+
+    def crash(self, worker: Worker) -> None:
+        """The process is gone; the server goes on with what it was doing for it."""
+        if worker.idle:
+            self.stage.do(lambda: self.set.disconnected(worker.session, worker.stream))
+        worker.activity, worker.up = None, False
 
     def leave(self, worker: Worker) -> None:
         """Be no member any more."""
@@ -542,14 +565,16 @@ class World:
         snapshot = self.set.snapshot(pinned=False)
         assert snapshot is not None
         assert snapshot.position.version == self.version
-        np.testing.assert_allclose(snapshot.data[0].view(np.float64), self.parameters, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(snapshot.data[0].view(self.dtype), self.parameters, rtol=0, atol=1e-12)
 
     def has_reason(self, activity: Activity) -> bool:
         """Whether there is still something to wait for."""
         now, name, policy = self.stage.now, activity.worker.name, self.policy
         match activity.phase:
             case "open":
-                return any(each.worker.name == name and each.phase == "push" for each in self.activities)
+                own = [each for each in self.activities if each.worker.name == name]
+                last = [each for each in own if each.phase == "open"][-1]
+                return activity is last and any(each.phase == "push" for each in own)
             case "turn":
                 assert isinstance(policy, BoundedStaleness)
                 blocked = self.known.ahead(name) > policy.bound and activity.current
@@ -604,6 +629,7 @@ class Observed(Members):
 
     def join(self, session: Session) -> Member:
         self._world.known.join(session.client_id)
+        self._world.first_barriers.setdefault((session.client_id, session.epoch), self._world.barriers)
         return super().join(session)
 
     def leave(self, client_id: str, version: int) -> bool:
@@ -623,6 +649,160 @@ class Observed(Members):
         super().pushed(session, staleness, version)
         self._world.known.clocks[session.client_id] += 1
         self._world.known.barred.pop(session.client_id, None)
+
+
+@contextmanager
+def staged(policy: Policy, members: str = "", **choices: Any) -> Iterator[World]:
+    """A world with some members, in which all is well in the end."""
+    world = World(policy, **choices)
+    try:
+        for name in members:
+            world.open(world.workers[name], joins=True, anew=False)
+        yield world
+        world.stage.settle()
+        world.check()
+    finally:
+        world.close()
+
+
+def pushed(world: World, names: str, *, samples: float = 1.0) -> None:
+    """Let workers push in some order."""
+    for name in names:
+        world.push(world.workers[name], again=False, samples=samples, finite=True, knows_base=True)
+        world.stage.settle()
+
+
+def test_a_worker_that_comes_back_to_a_barrier_is_there() -> None:
+    with staged(Async(), "ab") as world:
+        a, b = world.workers["a"], world.workers["b"]
+        world.barrier(a)
+        world.crash(a)
+        world.open(a, joins=True, anew=False)
+        world.barrier(a)
+        world.stage.settle()
+        world.barrier(b)
+        world.stage.settle()
+        assert not world.activities
+
+
+def test_what_an_older_stream_says_keeps_nobody_alive() -> None:
+    with staged(Sync(), "ab") as world:
+        a = world.workers["a"]
+        world.open(a, joins=True, anew=False)
+        assert a.older is not None
+        pushed(world, "b")
+        for _ in range(4):
+            a.older[0].heard(a.older[1], waits=False)
+            world.stage.pass_time(LEASE / 3)
+        assert world.version == 1
+
+
+def test_an_older_stream_can_not_leave() -> None:
+    with staged(Sync(), "ab") as world:
+        a = world.workers["a"]
+        world.open(a, joins=True, anew=False)
+        assert a.older is not None
+        session, stream = a.older
+        with pytest.raises(SessionSuperseded):
+            world.stage.do(lambda: world.set.leave(session, stream))
+        pushed(world, "b")
+        assert world.version == 0
+
+
+def test_a_push_of_an_older_stream_is_not_applied_after_the_newer_one_was_told() -> None:
+    with staged(Async(), "a") as world:
+        a = world.workers["a"]
+        world.push(a, again=False, samples=1.0, finite=True, knows_base=False)  # up to where it may push
+        world.crash(a)
+        world.open(a, joins=True, anew=False)
+        world.stage.settle()
+        assert world.version == 0
+
+
+def test_when_a_slow_worker_is_dismissed_all_go_on_that_waited_for_it() -> None:
+    with staged(BoundedStaleness(0, deadline=7.0), "abc", lease=math.inf) as world:
+        pushed(world, "b")
+        world.pull(world.workers["b"])
+        world.stage.pass_time(4.0)
+        pushed(world, "c")
+        world.pull(world.workers["c"])
+        assert len(world.activities) == 2
+        world.stage.pass_time(3.0)
+        assert not world.activities
+
+
+def test_a_new_number_of_workers_is_waited_for_whoever_left_before() -> None:
+    with staged(Async(), "abcd") as world:
+        for name in "bcd":
+            world.leave(world.workers[name])
+        world.stage.do(lambda: world.set.update({}, Sync(2)))
+        pushed(world, "a")
+        assert world.version == 0
+        world.open(world.workers["b"], joins=False, anew=False)
+        pushed(world, "b")
+        assert world.version == 1
+
+
+def test_what_can_not_be_added_leaves_the_others_waiting() -> None:
+    with Stage() as stage:
+        each = created(Sync(quorum=2), LEASE, np.float32)
+        first, second, third = (each.open(name, 0, name, joins=True) for name in "abc")
+
+        def push(session: Session, samples: float) -> Task:
+            pushed = received(each, 1, np.ones(SIZE, np.float32), samples=samples)
+            task = stage.begin(partial(each.push, session, session.stream, pushed, pull=False))
+            stage.settle()
+            return task
+
+        waiting = push(first, 1.0)
+        refused = push(second, 1e300)  # more than the dtype has room for
+        assert refused.result[0].outcome is Outcome.REFUSED
+        assert not waiting.done
+        assert push(third, 1.0).result[0].version == 1
+        assert waiting.done
+
+
+def test_a_round_that_can_not_be_planned_fails_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    with Stage() as stage:
+        each = created(Sync(deadline=5.0), LEASE)
+        sessions = [each.open(name, 0, name, joins=True) for name in NAMES]
+        gradient = np.ones(SIZE)
+        waiting = [
+            stage.begin(partial(each.push, session, session.stream, received(each, 1, gradient), pull=False))
+            for session in sessions[1:]
+        ]
+        stage.settle()
+        monkeypatch.setattr(each._decider, "decide", fail)
+        stage.pass_time(5.0)
+        assert [type(task.error) for task in waiting] == [MemoryError] * len(waiting)
+
+
+@pytest.mark.parametrize("holds", list(Holds))
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_a_round_that_is_folded_keeps_no_gradients(holds: Holds, count: int) -> None:
+    gradients: list[ref[Array]] = []
+
+    def push(each: ParameterSet, session: Session) -> None:
+        gradient = np.ones(SIZE)
+        gradients.append(ref(gradient))
+        pushed = received(each, 1, gradient)
+        del gradient
+        each.push(session, session.stream, pushed, pull=False)
+
+    with Stage() as stage:
+        each = created(Sync(count + 1), LEASE, holds=holds)
+        sessions = [each.open(f"worker-{k}", 0, k) for k in range(count + 1)]
+        for session in sessions:
+            stage.begin(partial(push, each, session)).advance()
+            kept = [gradient for gradient in gradients if gradient() is not None]
+            assert len(kept) <= (1 if holds is Holds.MOMENTS else 0)  # whose worker's parameters the update may read
+        stage.settle()
+        assert not stage.unfinished
+        assert all(gradient() is None for gradient in gradients)
+        assert each.position.version == 1
 
 
 DEADLINES = st.sampled_from([2.0, 7.0, 25.0])
@@ -739,11 +919,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=WORKERS)
     def crash(self, name: str) -> None:
-        """The process is gone; the server goes on with what it was doing for it."""
-        worker = self.world.workers[name]
-        if worker.idle:
-            self.world.stage.do(lambda: self.world.set.disconnected(worker.session, worker.stream))
-        worker.activity, worker.up = None, False
+        self.world.crash(self.world.workers[name])
         self.settled()
 
     @rule(name=WORKERS, leaves=st.booleans())

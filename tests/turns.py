@@ -1,7 +1,7 @@
 """Threads that take turns under a clock that stands still, so that what they do depends on nothing but who goes on when.
 
-A `Stage` takes the place of the time, and of the conditions that a parameter set waits on. Its tasks are threads of which one runs
-at a time, from when it is told to until it waits, pauses or ends.
+A `Stage` takes the place of the time, and of the conditions that a parameter set waits on. Its tasks are threads of which one
+runs at a time, from when it is told to until it waits, pauses or ends.
 """
 
 import enum

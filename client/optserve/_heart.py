@@ -15,6 +15,9 @@ class Beating(Protocol):
     def beat(self) -> None:
         """Say that it is alive, unless it is speaking anyway."""
 
+    def close(self) -> None:
+        """Say that it leaves."""
+
 
 class Heart:
     """Beats for sessions whose leases end, from the first of them until the client is closed or the last is gone."""
@@ -39,8 +42,12 @@ class Heart:
             self._sessions.discard(session)
 
     def close(self) -> None:
-        """End the thread."""
+        """Let all leave, and end the thread."""
         self._closed.set()
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
 
     def _run(self) -> None:
         pause = 0.0

@@ -268,7 +268,7 @@ class ParameterSet:
         """Wait until all members of the set have come to a barrier; this handle is one of them from now on.
 
         Who leaves, or whose lease ends, is waited for no more. Raises RoundIncomplete if the others take longer than the
-        client's timeout.
+        policy's deadline, 60 seconds if it has none.
         """
         self._session.barrier()
 

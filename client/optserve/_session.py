@@ -27,6 +27,7 @@ from optserve._errors import (
     OptserveError,
     OutcomeUnknown,
     RolledBack,
+    RoundIncomplete,
     ServerBusy,
     ServerDraining,
     ServerError,
@@ -224,17 +225,27 @@ class Session:
                 self._stream.receive(time.monotonic() + FAREWELL)
 
     def _until_done(self, exchange: Exchange) -> tuple[Receipt | None, Parameters | None]:
-        retry = Retry(self._timeout)
+        retry, said = Retry(self._timeout), ""
         while True:
             try:
                 stream = self._open(retry.deadline, exchange)
                 return self._attempt(stream, exchange, retry.deadline)
             except BaseException as error:
+                connected = self._ledger.epoch != 0
                 self._disconnect()
                 if self._closed:
                     raise ClientClosed(f"the handle on {self._set_id!r} was closed") from error
-                if isinstance(error, OptserveError) and error.retryable and retry.pause(error):
+                over = exchange.barrier and isinstance(error, RoundIncomplete)  # for good: it had its own deadline
+                if isinstance(error, OptserveError) and error.retryable and not over and retry.pause(error):
+                    said = f"; what was said before: {error}" if isinstance(error, ServerBusy) else ""
                     continue
+                if isinstance(error, DeadlineExceeded) and (said or connected):
+                    hint = (
+                        "; as its policy has it, it may wait for other workers, of whom `workers()` says who is there"
+                    )
+                    late = DeadlineExceeded(f"{error}{said or hint}")
+                    self._give_up(late, exchange)
+                    raise late from error
                 self._give_up(error, exchange)
                 raise
 

@@ -394,12 +394,14 @@ class ParameterSet:
         """Decide on a round that is over although nobody came."""
         self._lapse()
         if together := self._rounds.over(self._position.version):
+            draft = Draft(self._groups, self._position, self._progress.copy())
             try:
-                draft = Draft(self._groups, self._position, self._progress.copy())
-                self._settle(draft, [self._decide(together, draft, self._events + 1)], together)
+                decision = self._decide(together, draft, self._events + 1)
             except Exception as error:  # of which each that waits has to hear
                 for each in together:
                     each.fail(error)
+            else:
+                self._settle(draft, [decision], together)
             finally:
                 self._changed.notify_all()
 
@@ -814,7 +816,9 @@ class ParameterSet:
             push.let_go()
 
     def _decide(self, commits: Sequence[Commit], draft: Draft, number: int) -> Decision:
-        folded = self._rounds.folded if self._folds and self._rounds.waits(commits[0]) else None
+        folded = None
+        if self._folds and self._rounds.waits(commits[0]):
+            folded, self._rounds.folded = self._rounds.folded, None
         return self._decider.decide(commits, draft, number, folded)
 
     @property

@@ -81,6 +81,8 @@ class Rounds:
     def refuse(self, commit: Commit, error: InvalidArgument) -> None:
         """Take a push out of the round again, since it can't be added."""
         self._waiting.pop(commit.session.client_id, None)
+        if self.sync is not None and len(self._waiting) < (self.sync.quorum or 0):
+            self._quorum_since = math.inf
         commit.push.refuse(error)
 
     def has(self, client_id: str) -> bool:
@@ -110,8 +112,10 @@ class Rounds:
         return []
 
     def change(self, policy: Policy) -> None:
-        """Follow another policy; a round that is under way is given up."""
+        """Follow another policy; a round that is under way is given up, and one of another number waits for that many."""
         self.give_up(RoundIncomplete("the policy of this set has changed. Nothing was applied; push again"))
+        if getattr(policy, "workers", None) != getattr(self.policy, "workers", None):
+            self._members.vacancies = 0
         self.policy = policy
         self._watch = self._watch_of(policy)
 
@@ -152,6 +156,7 @@ class Rounds:
         """Fail everyone who waits."""
         for commit in self._take():
             commit.fail(type(error)(str(error)))  # each its own: it is raised in several threads
+        self.folded = None
 
     @property
     def _quorum_over(self) -> float:
