@@ -240,6 +240,20 @@ def test_the_histogram_counts_by_powers_of_two_from_sixteen_on(memory_client: op
     assert dict(weights.describe().staleness) == dict.fromkeys(range(16), 1) | {16: 16, 32: 32, 64: 6}
 
 
+def test_what_has_not_moved_is_compensated_by_nothing_however_large_its_gradient_is(
+    memory_client: optserve.Client, new_id: NewId
+) -> None:
+    set_id, start = new_id(), {"w": np.zeros(2, np.float32)}
+    policy = Async(staleness=staleness.DelayCompensation())
+    memory_client.create_parameter_set(set_id, start, optim.SGD(lr=1.0), policy=policy)
+    first, second = (memory_client.parameter_set(set_id, client_id=each) for each in ("first", "second"))
+    for each in (first, second):
+        each.pull()
+    second.push({"w": np.array([1, 0], np.float32)})
+    assert first.push({"w": np.array([0, 3e38], np.float32)}).staleness == 1
+    np.testing.assert_array_equal(first.pull()["w"], np.array([-1, -3e38], np.float32))
+
+
 def test_a_schedule_is_evaluated_first_and_its_value_divided(memory_client: optserve.Client, new_id: NewId) -> None:
     schedule = optserve.schedules.Linear(1.0, 0.5, 10)
     weights = memory_client.create_parameter_set(

@@ -310,8 +310,11 @@ class Session:
         for kept in missing:
             self._stream.send(self._requests(kept.push, None, kept.sequence, kept.base))
             receipt = self._received(self._stream.receive(deadline), kept.sequence)
-            if receipt.refused:
-                log.warning("push %d to %r, sent again, was refused: %s", kept.sequence, self._set_id, receipt.refusal)
+            if receipt.refusal is not None:
+                outcome = receipt.outcome.name.lower()
+                log.warning(
+                    "push %d to %r, sent again, was %s: %s", kept.sequence, self._set_id, outcome, receipt.refusal
+                )
             if exchange.attempt is not None and exchange.attempt.sequence == kept.sequence:
                 exchange.receipt = receipt
 

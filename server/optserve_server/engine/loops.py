@@ -306,7 +306,7 @@ def compensated_mean_loop(dtype: DType, kind: Compensation, *, differences: bool
 
     @njit(error_model="numpy")
     def delayed(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
-        return g + scale * g * g * (now - base)
+        return g + g * (scale * g * (now - base))  # so that no square overflows where nothing has moved
 
     @njit(error_model="numpy")
     def gapped(g: Any, now: Any, base: Any, square: Any, scale: Any) -> Any:
