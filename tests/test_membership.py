@@ -17,7 +17,7 @@ from puppet import puppet
 
 NewId = Callable[[], str]
 PATIENCE = 60.0  # seconds
-LEASE = 1.0  # seconds
+LEASE = 1.5  # seconds
 START = {"x": np.zeros((), np.float64)}
 ONE = {"x": np.ones((), np.float64)}
 
