@@ -1,15 +1,18 @@
 """Many workers in one process: `python -m benchmarks.pusher ADDRESS SET FIRST COUNT SIZE`.
 
 Each is a thread with a connection of its own, and pushes a gradient of `SIZE` elements, not the others'. The process says
-`ready`; then, for each line on stdin, a number of pushes, each worker does as many, and the process prints as JSON, for
-each worker and push, when it ended by the monotonic clock, and the seconds it took.
+`ready`; then, for each line on stdin, a number of pushes and of seconds, each worker does so many pushes, before each of which
+it pauses for up to so many seconds, and the process prints as JSON, for each worker and push, when it ended by the monotonic
+clock, and how long it took.
 """
 
 import json
+import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import repeat
 
 import numpy as np
 
@@ -32,13 +35,16 @@ def main(address: str, set_id: str, first: str, count: str, size: str) -> None:
             sets.append(stack.enter_context(client.parameter_set(set_id).worker(f"worker-{worker}")))
         print("ready", flush=True)
         for line in sys.stdin:
-            print(json.dumps(list(threads.map(push, sets, gradients, [int(line)] * len(workers)))), flush=True)
+            times, pause = line.split()
+            pushes = threads.map(push, sets, gradients, repeat(int(times)), repeat(float(pause)))
+            print(json.dumps(list(pushes)), flush=True)
 
 
-def push(weights: ParameterSet, gradient: dict[str, np.ndarray], times: int) -> list[tuple[float, float]]:
-    """When each push ended, and its seconds."""
+def push(weights: ParameterSet, gradient: dict[str, np.ndarray], times: int, pause: float) -> list[tuple[float, float]]:
+    """When each push ended, and how long it took, in seconds."""
     pushes = []
     for _ in range(times):
+        time.sleep(random.uniform(0.0, pause))
         began = time.monotonic()
         weights.push(gradient)
         ended = time.monotonic()
