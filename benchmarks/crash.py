@@ -7,7 +7,7 @@ it. How long do the others stand still, what becomes of what the stopped one had
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
@@ -41,7 +41,14 @@ def crashed(seed: int, kill: float, stop: float, resume: float, end: float) -> d
         policy = Sync(deadline=DEADLINE)
         weights = client.create_parameter_set("digits", digits.initial_parameters(seed), optim.Adam(), policy=policy)
         children = [stack.enter_context(python(WORKER)) for _ in range(WORKERS)]
-        job = {"address": address, "set_id": weights.id, "seed": seed, "batch": BATCH, "pace": PACE, "steps": 1 << 30}
+        job: dict[str, Any] = {
+            "address": address,
+            "set_id": weights.id,
+            "seed": seed,
+            "batch": BATCH,
+            "pace": PACE,
+            "steps": 1 << 30,
+        }
         ready(children, [Job(worker=worker, **job) for worker in range(WORKERS)])
         with ThreadPoolExecutor(WORKERS) as readers:
             began = time.monotonic()
@@ -106,7 +113,7 @@ def run(*, short: bool) -> None:
 
 def _show(runs: Sequence[dict[str, Any]]) -> None:
     shown = table(f"{WORKERS} workers in sync; lease {LEASE:g} s, deadline {DEADLINE:g} s", "", "median (range)")
-    for name, text in {
+    texts: dict[str, Callable[[Any], str]] = {
         "a step": duration,
         "stood still after the kill": duration,
         "stood still after the stop": duration,
@@ -114,7 +121,8 @@ def _show(runs: Sequence[dict[str, Any]]) -> None:
         "others' pushes discarded": str,
         "updates": str,
         "accuracy": "{:.1%}".format,
-    }.items():
+    }
+    for name, text in texts.items():
         shown.add_row(name, spread([each[name] for each in runs], text))
     back = [each["the stopped one"] for each in runs]
     counts = spread([each["seconds until one counted"] for each in back], duration)

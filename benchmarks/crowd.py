@@ -36,7 +36,7 @@ PUSHES = 8192  # of all workers together, in a turn
 ROUNDS = 10
 PAUSE = 3.0  # seconds, at most
 PUSHES_WITH_PAUSES = 4  # of each worker
-POLICIES = (Async(), Sync())
+POLICIES: Sequence[Policy] = (Async(), Sync())
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
 
 

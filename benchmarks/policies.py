@@ -52,7 +52,14 @@ def measured(
     """Train for so many seconds."""
     weights = client.create_parameter_set("digits", digits.initial_parameters(seed), **POLICIES[name])
     local = Local(every=EVERY, lr=LEARNING_RATE) if name.startswith("DiLoCo") else None
-    job = {"address": address, "set_id": weights.id, "seed": seed, "batch": BATCH, "steps": 1 << 30, "local": local}
+    job: dict[str, Any] = {
+        "address": address,
+        "set_id": weights.id,
+        "seed": seed,
+        "batch": BATCH,
+        "steps": 1 << 30,
+        "local": local,
+    }
     jobs = [Job(worker=worker, pace=pace, jitter=JITTER, **job) for worker, pace in enumerate(PACES)]
     return _found(train(weights, children, jobs, limit))
 

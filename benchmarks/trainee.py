@@ -24,7 +24,9 @@ from optserve_server.demo.digits import Array
 class Pupil(Protocol):
     """What becomes of gradients."""
 
-    parameters: Mapping[str, Array]
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What to compute them at."""
 
     def learn(self, gradients: Mapping[str, Array]) -> None:
         """Do with them what is done here."""
@@ -37,7 +39,7 @@ class Remote:
     """Each gradient goes to the server."""
 
     def __init__(self, weights: ParameterSet) -> None:
-        self.parameters: Mapping[str, Array] = weights.pull()
+        self.parameters: Mapping[str, Any] = weights.pull()
         self._weights = weights
         self._gradients: Mapping[str, Array] = {}
 

@@ -163,7 +163,7 @@ def _found(course: Course, traffic: Sequence[Traffic]) -> dict[str, Any]:
 
 
 def _bytes(found: Mapping[str, Any]) -> float:
-    return found["bytes_of_a_worker"]["up"] + found["bytes_of_a_worker"]["down"]
+    return float(found["bytes_of_a_worker"]["up"] + found["bytes_of_a_worker"]["down"])
 
 
 def _show(figures: Mapping[str, Mapping[str, Any]]) -> None:
