@@ -329,6 +329,8 @@ class World:
         doing = self.doing()
         if lapsed:
             assert not self.alive(name), "a lease ended too early"
+        elif self.overdue(name):
+            pass
         elif doing is not None and doing.phase == "turn":
             assert isinstance(self.policy, BoundedStaleness)
             assert self.stage.now >= doing.began + self.policy.deadline, "dismissed before the deadline"
@@ -337,6 +339,14 @@ class World:
         elif doing is not None:
             assert doing.worker.name == name
         self.known.leave(name, version)
+
+    def overdue(self, name: str) -> bool:
+        """Whether an elastic round has waited for a member until its deadline."""
+        if not isinstance(self.policy, Sync) or self.policy.workers is not None:
+            return False
+        there = [each for each in self.activities if each.phase == "push" and each.worker.name in self.known.clocks]
+        began = min((each.began for each in there), default=math.inf)
+        return self.stage.now >= began + self.policy.deadline and name not in {each.worker.name for each in there}
 
     # What workers do.
 
@@ -632,11 +642,15 @@ class Observed(Members):
         self._world.first_barriers.setdefault((session.client_id, session.epoch), self._world.barriers)
         return super().join(session)
 
-    def leave(self, client_id: str, version: int) -> bool:
-        left = super().leave(client_id, version)
-        if left:
+    def leave(self, client_id: str, version: int) -> None:
+        super().leave(client_id, version)
+        if not len(self):
+            self._world.known.vacancies = 0
+
+    def dismiss(self, client_id: str, version: int) -> None:
+        if client_id in self:
             self._world.note(lambda: self._world.left(client_id, version, lapsed=self._lapsing))
-        return left
+        super().dismiss(client_id, version)
 
     def lapse(self, version: int) -> list[str]:
         self._lapsing = True
