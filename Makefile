@@ -30,7 +30,7 @@ check: .venv/dev  ## lint, types, generated code
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_project.py
 
-bench: .venv/bench  ## measure against the memory, the disk, torch, gRPC, Arrow Flight and Ray; takes twenty minutes and 16 GB
+bench: .venv/bench  ## measure against the memory, the disk, torch, gRPC, Arrow Flight and Ray; slow links and crowds; takes over an hour and 16 GB
 	$(BIN)/python -m benchmarks
 
 format: .venv/dev
