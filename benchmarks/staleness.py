@@ -107,7 +107,10 @@ def run(*, short: bool) -> None:
     with optserve.Client(":memory:") as client:
         for name, lr, seed in track([*product(RULES, rates, range(seeds))], "stale gradients", console=console):
             policy, paces = RULES[name]
-            figures[name][f"{lr:g}"].append(train(client, policy, paces, lr, seed, pushes))
+            trained = train(client, policy, paces, lr, seed, pushes)
+            if lr != SHOWN:
+                del trained["looks"]
+            figures[name][f"{lr:g}"].append(trained)
     _show(figures)
     if not short:
         console.print(f"kept in {keep('staleness', figures)} and {_draw(figures)}")
