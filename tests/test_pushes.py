@@ -452,7 +452,9 @@ def test_parameters_have_no_loss_scale(client: optserve.Client, new_id: NewId) -
 @pytest.mark.parametrize("samples", [0.0, -1.0, float("nan"), float("inf"), "many"])
 def test_samples_are_a_positive_number(memory_client: optserve.Client, new_id: NewId, samples: Any) -> None:
     weights = memory_client.create_parameter_set(new_id(), ARRAY, optim.SGD())
-    with pytest.raises(optserve.InvalidPolicy, match="expected samples to be a number of at least 1e-09, at most 1e.12"):
+    with pytest.raises(
+        optserve.InvalidPolicy, match="expected samples to be a number of at least 1e-09, at most 1e.12"
+    ):
         weights.push(ARRAY, samples=samples)
 
 

@@ -138,6 +138,11 @@ class Buffered:
 Policy = Async | Sync | BoundedStaleness | Buffered
 
 
+def in_rounds(policy: Policy) -> Sync | None:
+    """The policy, if pushes wait for each other: not those of a single worker."""
+    return policy if isinstance(policy, Sync) and policy.workers != 1 else None
+
+
 def check_samples(value: object) -> float:
     """How many samples a gradient is the mean of; raises InvalidPolicy."""
     check_number("samples", value, LEAST_SAMPLES, MOST_SAMPLES, above=False)

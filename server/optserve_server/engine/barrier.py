@@ -38,7 +38,7 @@ class Barrier:
                 f"expected all {len(self._members)} members at a barrier within {deadline:g} s; {len(missing)} did not come, "
                 f"of {', '.join(map(repr, missing[:10]))}"
             )
-        return min(left, max(0.0, self._members.next_end() - time.monotonic()))
+        return min(left, self._members.remaining)
 
     def depart(self, client_id: str, stream: object) -> None:
         """Be there no more, unless another stream came."""

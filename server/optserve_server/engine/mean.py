@@ -201,12 +201,8 @@ class Mean:
 
     def scaled(self, indices: Iterable[int], factor: float, sparse: Mapping[int, SparseGradient]) -> Scaled:
         """The work of multiplying what was added up of tensors; values that replace others stay as they are."""
-        tables: dict[ComputeType, list[list[int]]] = {}
-        for index in indices:
-            place = self._layout.places[index]
-            if self._treatments.get(index) is not Treatment.REPLACE:
-                tables.setdefault(place.compute, []).append([place.start, place.size])
-        return Scaled(factor, {compute: np.array(table, np.int64) for compute, table in tables.items()}, sparse)
+        means = [index for index in indices if self._treatments.get(index) is not Treatment.REPLACE]
+        return Scaled(factor, tables_of(self._layout, means), sparse)
 
     def _plain(self, terms: Sequence[Term], indices: Iterable[int], begun: bool) -> Iterator[Part]:
         tables: dict[DType, list[list[int]]] = {}
@@ -216,14 +212,9 @@ class Mean:
             pushed = sorted(enumerate(term.gradients[index] for term in terms), key=_dtype_name)
             for place, (push, gradient) in enumerate(pushed):
                 first = int((place == 0 and not begun) or treatment is Treatment.REPLACE)
-                table = tables.setdefault(gradient.spec.dtype, [])
-                table += [
-                    [start + piece.offset, piece.size, piece.address, piece.skip, 3 * push + kind, first]
-                    for piece in gradient.pieces
-                ]
+                tables.setdefault(gradient.spec.dtype, []).extend(_rows(start, gradient, 3 * push + kind, first))
         weights = [value for term in terms for value in (term.weight * term.factor, term.share, 1.0)]
-        for dtype in sorted(tables, key=lambda dtype: dtype.name):
-            rows = np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
+        for dtype, rows in _ordered(tables):
             check_computable(weights, dtype.compute)
             yield Part(dtype, rows, np.array(weights, dtype.compute))
 
@@ -233,14 +224,9 @@ class Mean:
         tables: dict[DType, list[list[int]]] = {}
         for index in indices:
             start, gradient = self._layout.places[index].start, term.gradients[index]
-            table = tables.setdefault(gradient.spec.dtype, [])
-            table += [
-                [start + piece.offset, piece.size, piece.address, piece.skip, 0, int(first)]
-                for piece in gradient.pieces
-            ]
+            tables.setdefault(gradient.spec.dtype, []).extend(_rows(start, gradient, 0, int(first)))
         scalars = (term.weight, term.factor, compensated.scale)
-        for dtype in sorted(tables, key=lambda dtype: dtype.name):
-            rows = np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
+        for dtype, rows in _ordered(tables):
             check_computable(scalars, dtype.compute)
             yield CompensatedPart(dtype, rows, np.array([scalars], dtype.compute), compensated, term.base)
 
@@ -275,6 +261,18 @@ class Mean:
 def dtype_of(dtype: DType) -> DType:
     """What the mean of gradients of a dtype is."""
     return COMPUTED[dtype.compute]
+
+
+def _rows(start: int, gradient: StagedTensor, weight: int, first: int) -> Iterator[list[int]]:
+    """Rows of a mean's table for a tensor that starts at an element of the arena."""
+    for piece in gradient.pieces:
+        yield [start + piece.offset, piece.size, piece.address, piece.skip, weight, first]
+
+
+def _ordered(tables: Mapping[DType, list[list[int]]]) -> Iterator[tuple[DType, Ranges]]:
+    """The tables as arrays, by their dtypes' names."""
+    for dtype in sorted(tables, key=lambda dtype: dtype.name):
+        yield dtype, np.array(tables[dtype], np.int64).reshape(-1, MEAN_COLUMNS)
 
 
 def _dtype_name(pushed: tuple[int, StagedTensor]) -> str:

@@ -80,9 +80,11 @@ class Members:
             self.dismiss(client_id, version)
         return lapsed
 
-    def next_end(self) -> float:
-        """When the next lease may end, in monotonic seconds; one may begin now, as a worker joins or waits no more."""
-        return min([time.monotonic() + self._lease, *map(self._end, self._members.values())])
+    @property
+    def remaining(self) -> float:
+        """Seconds until the next lease may end; one may begin now, as a worker joins or waits no more."""
+        now = time.monotonic()
+        return max(0.0, min([now + self._lease, *map(self._end, self._members.values())]) - now)
 
     def barred(self, client_id: str) -> int | None:
         """The version at which a worker was counted as gone, unless it has pushed since."""

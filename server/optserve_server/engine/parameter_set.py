@@ -441,7 +441,7 @@ class ParameterSet:
                     self._changed.notify_all()
                     break
                 session.heard(stream, waits=True)
-                self._changed.wait(min(left, max(0.0, self._members.next_end() - time.monotonic())))
+                self._changed.wait(min(left, self._members.remaining))
             session.heard(stream, waits=False)
 
     def barrier(self, session: Session, stream: object, known: int) -> int:

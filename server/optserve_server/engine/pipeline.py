@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optserve._errors import InvalidHyperparameter, TensorMismatch
-from optserve._policies import Buffered, Policy, Sync
+from optserve._policies import Buffered, Policy, Sync, in_rounds
 from optserve._specification import Holds, ParameterSetSpec, Pushes
 from optserve._state import AVERAGE
 from optserve._transforms import ClipAdaptive, Transforms
@@ -147,7 +147,7 @@ class Pipeline:
     @property
     def rounds(self) -> bool:
         """Whether pushes of several workers are made one at a time."""
-        return isinstance(self.policy, Sync) and self.policy.workers != 1
+        return in_rounds(self.policy) is not None
 
     @property
     def keeps_bases(self) -> bool:
@@ -564,7 +564,7 @@ def trigger_of(policy: Policy, transforms: Transforms) -> Trigger:
 def gathers(spec: ParameterSetSpec, policy: Policy) -> bool:
     """Whether gradients are made one in memory of the set, before they are read."""
     return (
-        (isinstance(policy, Sync) and policy.workers != 1)
+        in_rounds(policy) is not None
         or trigger_of(policy, spec.transforms) != Trigger(1)
         or compensation(policy.staleness) is not Compensation.NONE
         or spec.pushes is Pushes.PARAMETERS

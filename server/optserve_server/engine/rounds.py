@@ -14,7 +14,7 @@ from optserve._errors import (
     TensorMismatch,
     WorkerQuarantined,
 )
-from optserve._policies import Policy, Sync
+from optserve._policies import Policy, Sync, in_rounds
 from optserve._transforms import SkipNonFinite, Transforms
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.folding import Folded
@@ -45,8 +45,7 @@ class Rounds:
     @property
     def sync(self) -> Sync | None:
         """The policy, if pushes wait for each other."""
-        policy = self.policy
-        return policy if isinstance(policy, Sync) and policy.workers != 1 else None
+        return in_rounds(self.policy)
 
     @property
     def folds(self) -> bool:
@@ -56,8 +55,9 @@ class Rounds:
     @property
     def remaining(self) -> float | None:
         """Seconds until something is due although nobody comes; None: never."""
-        due = min(self._deadline, self._quorum_over, self._members.next_end())
-        return max(0.0, due - time.monotonic()) if due < math.inf else None
+        due = max(0.0, min(self._deadline, self._quorum_over) - time.monotonic())
+        left = min(due, self._members.remaining)
+        return left if left < math.inf else None
 
     def waits(self, commit: Commit) -> bool:
         """Whether a push is one that waits for others: nothing is wrong with it, or all of its round is to be skipped."""

@@ -1,7 +1,7 @@
 """Staleness: what a policy's choice makes of a gradient that is stale by so many updates."""
 
 from optserve._errors import TooStale
-from optserve._policies import BoundedStaleness, Late, Policy, Sync
+from optserve._policies import BoundedStaleness, Late, Policy, in_rounds
 from optserve.staleness import DelayCompensation, DivideLearningRate, GapAware, Polynomial, Reject, Staleness
 from optserve_server.engine.commit import Commit
 from optserve_server.engine.loops import Compensation
@@ -62,7 +62,7 @@ def check_staleness(
     since = (
         f"computed at version {base.version}, and the set is at {version}; it was discarded. Pull, and go on from there"
     )
-    if isinstance(policy, Sync) and policy.workers != 1 and policy.late is Late.DISCARD and missed:
+    if (rounds := in_rounds(policy)) is not None and rounds.late is Late.DISCARD and missed:
         raise TooStale(f"expected a push of the present round; got one of a round that is over, {since}")
     if isinstance(policy.staleness, Reject) and staleness > policy.staleness.bound:
         raise TooStale(f"expected a staleness of at most {policy.staleness.bound}; got one of {staleness}, {since}")
