@@ -1,7 +1,7 @@
 """Threads that take turns under a clock that stands still, so that what they do depends on nothing but who goes on when.
 
-A `Stage` takes the place of the time, and of the conditions that a parameter set waits on. Its tasks are threads of which one
-runs at a time, from when it is told to until it waits, pauses or ends.
+A `Stage` takes the place of the time, and of the conditions and events that a parameter set waits for. Its tasks are threads
+of which one runs at a time, from when it is told to until it waits, pauses or ends.
 """
 
 import enum
@@ -107,7 +107,32 @@ class Condition:
             if task.progress is Progress.WAITS:
                 task.progress = Progress.READY
 
-    notify = notify_all  # where one waits at most
+
+class Event:
+    """A `threading.Event` that one task waits for."""
+
+    def __init__(self, stage: "Stage") -> None:
+        self._stage = stage
+        self._set = False
+        self._waiting: Task | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As that of `threading`."""
+        self._waiting = task = self._stage.current
+        assert task is not None
+        if not self._set:
+            task.give_way(Progress.WAITS, math.inf if timeout is None else self._stage.now + timeout)
+        return self._set
+
+    def set(self) -> None:
+        """Let it go on, or not wait at all."""
+        self._set = True
+        if self._waiting is not None and self._waiting.progress is Progress.WAITS:
+            self._waiting.progress = Progress.READY
+
+    def is_set(self) -> bool:
+        """As that of `threading`."""
+        return self._set
 
 
 class Stage:
@@ -125,7 +150,9 @@ class Stage:
     def __enter__(self) -> Self:
         for module in TIMED:
             self._patch.setattr(module, "time", self)
-        waits = SimpleNamespace(Lock=threading.Lock, Condition=lambda lock: Condition(self, lock))
+        waits = SimpleNamespace(
+            Lock=threading.Lock, Condition=lambda lock: Condition(self, lock), Event=lambda: Event(self)
+        )
         self._patch.setattr(parameter_set, "threading", waits)
         return self
 

@@ -1,7 +1,9 @@
 """A commit: a finished push on its way to an outcome."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from optserve._dtypes import DType
 from optserve._errors import OptserveError, Refusal
@@ -32,22 +34,38 @@ class Commit:
     event: int = 0
     snapshot: Snapshot | None = None
     error: Exception | None = None
-    decided: threading.Condition | None = None  # on which its thread waits
+    decided: threading.Event | None = None  # for which its thread waits
+    following: "Commit | None" = None  # which its thread wakes then
 
     def settle(self, receipt: Receipt, event: int) -> None:
-        """Let a receipt be the outcome."""
+        """Let a receipt be the outcome; its thread is woken once its snapshot has been taken."""
         self.receipt, self.event = receipt, event
-        if self.decided is not None:
-            self.decided.notify()
 
     def fail(self, error: Exception) -> None:
         """Let an error be the outcome: without its traceback, which would keep this and its gradients alive, if it has come
         about as it should."""
         self.error = error.with_traceback(None) if isinstance(error, OptserveError) else error
+        self.wake()
+
+    def wake(self) -> None:
+        """Let its thread go on, if that waits for the outcome."""
         if self.decided is not None:
-            self.decided.notify()
+            self.decided.set()
 
     @property
     def done(self) -> bool:
         """Whether there is an outcome."""
         return self.receipt is not None or self.error is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its thread waits, and has not been woken."""
+        return self.decided is not None and not self.decided.is_set()
+
+
+def wake_in_turn(commits: Sequence[Commit]) -> None:
+    """Wake the threads of commits that wait, each by the one before: all at once, they would be in each other's way."""
+    for commit, following in pairwise(commits):
+        commit.following = following
+    for commit in commits[:1]:
+        commit.wake()

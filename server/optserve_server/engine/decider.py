@@ -62,14 +62,13 @@ class Decider:
                 return self._pass_over(draft, commit.push), commit.push.refusal
             if commit.discarded is not None:
                 return Outcome.DISCARDED, commit.discarded
-        pushes = [commit.push for commit in commits]
         try:
-            changes = merged_changes(pushes)
+            changes = merged_changes(each.push.changes for each in commits)
             check_pushed(draft.groups, changes)
             parts = [Pushed(commit.push, commit.staleness, self.base(commit)) for commit in commits]
             plan = functools.partial(self._pipeline.plan, pushes=parts, folded=folded)
             stalenesses = [commit.staleness for commit in commits]
-            return self._plan(draft, changes, self._pipeline.added(pushes[0]), stalenesses, plan), None
+            return self._plan(draft, changes, self._pipeline.added(commits[0].push), stalenesses, plan), None
         except InvalidArgument as error:
             return Outcome.REFUSED, Refusal.of(error)
 

@@ -32,7 +32,7 @@ class Decision:
         ]
         if self.update is None:
             return Event(self.number, self.version, pushes)
-        changes = merged_changes([commit.push for commit in self.commits])
+        changes = merged_changes(commit.push.changes for commit in self.commits)
         if self.update.recorded:
             assert self.update.gathered is not None
             content = _gathered(tensors, self.update.gathered)

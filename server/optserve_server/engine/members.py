@@ -1,6 +1,7 @@
 """Members: the workers of a set that others wait for, as long as something is heard of them."""
 
 import datetime
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Members:
         self._lease = lease
         self._members: dict[str, Member] = {}
         self._barred: dict[str, int] = {}
+        self._due = math.inf  # no lease ends before; looked for anew only then, as leases only get longer
         self.vacancies = 0
 
     def __contains__(self, client_id: str) -> bool:
@@ -54,6 +56,7 @@ class Members:
             member = self._members[session.client_id] = Member(session, slowest)
             self.vacancies = max(0, self.vacancies - 1)
         member.session = session
+        self._due = min(self._due, self._end(member))
         return member
 
     def leave(self, client_id: str, version: int) -> None:
@@ -75,16 +78,18 @@ class Members:
     def lapse(self, version: int) -> list[str]:
         """Those whose lease has ended, who are no members any more."""
         now = time.monotonic()
+        if now < self._due:
+            return []
         lapsed = [client_id for client_id, each in self._members.items() if self._end(each) <= now]
         for client_id in lapsed:
             self.dismiss(client_id, version)
+        self._due = min(map(self._end, self._members.values()), default=math.inf)
         return lapsed
 
     @property
     def remaining(self) -> float:
         """Seconds until the next lease may end; one may begin now, as a worker joins or waits no more."""
-        now = time.monotonic()
-        return max(0.0, min([now + self._lease, *map(self._end, self._members.values())]) - now)
+        return min(self._lease, max(0.0, self._due - time.monotonic()))
 
     def barred(self, client_id: str) -> int | None:
         """The version at which a worker was counted as gone, unless it has pushed since."""

@@ -37,7 +37,7 @@ from optserve_server.engine.arena import Arena, assign, copy
 from optserve_server.engine.barrier import Barrier
 from optserve_server.engine.buffers import Allocate, Buffer, Buffers, Memory, private, published_offsets
 from optserve_server.engine.checks import check_policy
-from optserve_server.engine.commit import Commit
+from optserve_server.engine.commit import Commit, wake_in_turn
 from optserve_server.engine.decider import Decider
 from optserve_server.engine.decision import Decision
 from optserve_server.engine.draft import Draft
@@ -365,16 +365,15 @@ class ParameterSet:
         self._commits.append(commit)
         session.heard(stream, waits=True)
         with self._lock:
-            while not commit.done:
-                if self._commits:
-                    try:
-                        self._apply(self._next_commits())
-                    finally:
-                        self._changed.notify_all()
-                else:
-                    commit.decided = threading.Condition(self._lock)
-                    commit.decided.wait(self._rounds.remaining)
-                    self._end_round()
+            while self._commits and not commit.done:
+                try:
+                    self._apply(self._next_commits())
+                finally:
+                    self._changed.notify_all()
+            if not commit.done:
+                commit.decided = threading.Event()
+        if commit.decided is not None:
+            self._await_others(commit, commit.decided)
         session.heard(stream, waits=False)
         if commit.error is not None:
             try:
@@ -389,6 +388,17 @@ class ParameterSet:
                 self.release(commit.snapshot)
             raise
         return self._told(commit.receipt, commit.event, session), commit.snapshot
+
+    def _await_others(self, commit: Commit, decided: threading.Event) -> None:
+        """Return once a push that waits in a round has an outcome; then the following one may go on as well."""
+        try:
+            while not decided.wait(self._rounds.remaining):
+                with self._lock:
+                    self._end_round()
+        finally:
+            decided.set()
+            if commit.following is not None:
+                commit.following.wake()
 
     def _end_round(self) -> None:
         """Decide on a round that is over although nobody came."""
@@ -845,18 +855,25 @@ class ParameterSet:
             for commit in decided:
                 commit.fail(error)
             return
+        try:
+            self._note(decisions)
+            for commit in {*commits, *decided}:
+                if commit.pull and commit.receipt is not None:
+                    try:
+                        commit.snapshot = self._after(commit)
+                    except Exception as error:  # what was applied stays applied
+                        commit.fail(error)
+        finally:
+            wake_in_turn([commit for commit in decided if commit.waits])
+
+    def _note(self, decisions: Sequence[Decision]) -> None:
+        """Let those know who keep account of workers."""
         for decision in decisions:
             taken = decision.receipts[0].outcome in (Outcome.APPLIED, Outcome.ACCUMULATED)
             if taken:
                 self._rounds.accept(decision.commits)
             for commit in decision.commits:
                 self._members.pushed(commit.session, commit.staleness, decision.version if taken else -1)
-        for commit in {*commits, *decided}:
-            if commit.pull and commit.receipt is not None:
-                try:
-                    commit.snapshot = self._after(commit)
-                except Exception as error:  # what was applied stays applied
-                    commit.fail(error)
 
     def _after(self, commit: Commit) -> Snapshot | None:
         """What is pulled with a push."""

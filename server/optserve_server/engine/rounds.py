@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optserve._errors import (
@@ -33,6 +33,7 @@ class Rounds:
         self._accumulates = transforms.accumulate > 1
         self._members = members
         self._waiting: dict[str, Commit] = {}  # by client
+        self._changes: Changes = {}  # of those
         self._deadline = math.inf
         self._quorum_since = math.inf
         self._barred: Mapping[str, int] = {}
@@ -82,6 +83,7 @@ class Rounds:
     def refuse(self, commit: Commit, error: InvalidArgument) -> None:
         """Take a push out of the round again, since it can't be added."""
         self._waiting.pop(commit.session.client_id, None)
+        self._changes = merged_changes(each.push.changes for each in self._waiting.values())
         if self.sync is not None and len(self._waiting) < (self.sync.quorum or 0):
             self._quorum_since = math.inf
         commit.push.refuse(error)
@@ -182,6 +184,8 @@ class Rounds:
         workers = self.sync.workers
         if workers is not None and len(self._waiting) >= workers:
             return True
+        if len(self._members) > len(self._waiting) + len(self._barred):  # which spares a search at nearly every push
+            return False
         missing = any(client not in self._waiting and client not in self._barred for client in self._members)
         return not missing and (workers is None or self._needed <= 0)
 
@@ -211,30 +215,31 @@ class Rounds:
     def _take(self) -> list[Commit]:
         together = [self._waiting[client] for client in sorted(self._waiting)]
         self._waiting.clear()
+        self._changes = {}
         self._deadline = self._quorum_since = math.inf
         return together
 
     def _check(self, push: Push) -> None:
         """Refuse a push that can't be averaged with those that wait."""
-        others = [commit.push for commit in self._waiting.values() if commit.push.refusal is None]
-        if push.refusal is None and others:
+        if push.refusal is None:
+            other = next((each.push for each in self._waiting.values() if each.push.refusal is None), push)
             try:
-                if push.covers != others[0].covers:
+                if push.covers != other.covers:
                     raise TensorMismatch(
-                        f"expected gradients of the {len(others[0].covers)} tensors that the others of this round pushed, "
+                        f"expected gradients of the {len(other.covers)} tensors that the others of this round pushed, "
                         f"row-sparse where theirs are; got {len(push.covers)}, or others. Push zeros for a tensor that is "
                         "not used"
                     )
-                merged_changes([*others, push])
+                self._changes = merged_changes((self._changes, push.changes))
             except InvalidArgument as error:
                 push.refuse(error)
 
 
-def merged_changes(pushes: Sequence[Push]) -> Changes:
+def merged_changes(several: Iterable[Mapping[str, Mapping[str, Any]]]) -> Changes:
     """The hyperparameters that pushes change, by group and name; raises InvalidHyperparameter where they disagree."""
     merged: Changes = {}
-    for push in pushes:
-        for group, values in push.changes.items():
+    for changes in several:
+        for group, values in changes.items():
             for name, value in values.items():
                 present = merged.setdefault(group, {}).setdefault(name, value)
                 if present != value:

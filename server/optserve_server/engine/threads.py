@@ -15,7 +15,7 @@ CACHE_LINE = 64  # elements: parts begin at cache lines where tensors do
 SHARES = 8  # parts for each thread
 STRIP = 1 << 15  # elements: of each array that a loop visits, this many at a time stay in the cache
 MANY_ROWS = 1 << 12  # of a table: beyond, it is cut between rows, if none is longer than a part
-INLINE = 1 << 15  # elements: below this a hand-over to another thread costs more than it saves
+INLINE = 1 << 18  # elements: below this a hand-over to another thread costs more than it saves
 
 
 class Threads:
