@@ -77,13 +77,16 @@ class Rounds:
             self._deadline = time.monotonic() + self.sync.deadline
             self.folded = Folded((self.sync.workers or max(1, len(self._members))) * commit.push.samples)
         self._waiting[commit.session.client_id] = commit
+        if commit.push.refusal is None:
+            self._changes = merged_changes((self._changes, commit.push.changes))
         if self.sync.quorum is not None and len(self._waiting) == self.sync.quorum:
             self._quorum_since = time.monotonic()
 
     def refuse(self, commit: Commit, error: InvalidArgument) -> None:
         """Take a push out of the round again, since it can't be added."""
         self._waiting.pop(commit.session.client_id, None)
-        self._changes = merged_changes(each.push.changes for each in self._waiting.values())
+        waiting = [each.push for each in self._waiting.values()]
+        self._changes = merged_changes(push.changes for push in waiting if push.refusal is None)
         if self.sync is not None and len(self._waiting) < (self.sync.quorum or 0):
             self._quorum_since = math.inf
         commit.push.refuse(error)
@@ -230,7 +233,7 @@ class Rounds:
                         f"row-sparse where theirs are; got {len(push.covers)}, or others. Push zeros for a tensor that is "
                         "not used"
                     )
-                self._changes = merged_changes((self._changes, push.changes))
+                merged_changes((self._changes, push.changes))
             except InvalidArgument as error:
                 push.refuse(error)
 
