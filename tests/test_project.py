@@ -158,7 +158,9 @@ def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
         assert ours == {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/transport.md", "docs/workers.md", "docs/diloco.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/transport.md", "docs/workers.md", "docs/diloco.md", "docs/frameworks.md"]
+)
 def test_python_blocks_in_the_documentation_run(page: str) -> None:
     """In order, in one namespace, with the server's address replaced by the engine in this process."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -217,7 +217,7 @@ class ParameterSet:
         return self._session.settle()
 
     def update(
-        self, *, group: str = Group.DEFAULT, policy: Policy | None = None, **hyperparameters: Any
+        self, /, *, group: str = Group.DEFAULT, policy: Policy | None = None, **hyperparameters: Any
     ) -> Description:
         """Change hyperparameters of a group, to values or schedules, or the policy, for every worker, from the next update on.
 

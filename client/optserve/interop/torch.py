@@ -7,7 +7,7 @@ import torch
 
 from optserve import optim
 from optserve._dtypes import BFLOAT16
-from optserve._errors import InvalidState
+from optserve._errors import InvalidState, InvalidTensor
 from optserve._results import GroupDescription
 from optserve._state import State
 from optserve.interop._building import Array, built
@@ -18,6 +18,19 @@ STEP, NAME = "step", "name"
 IGNORED = {
     "params", "param_names", NAME, "initial_lr", "foreach", "capturable", "differentiable", "fused"
 }  # of a parameter group, with no effect on numbers  # fmt: skip
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """The elements of a dense tensor: in its own memory if that is the host's, else a copy. Raises InvalidTensor."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        raise InvalidTensor(f"expected a dense tensor; got one with the layout {tensor.layout}")
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:  # which torch does not give to NumPy
+        array: Array = tensor.view(torch.uint16).numpy().view(BFLOAT16.array_dtype)
+    else:
+        array = tensor.numpy()
+    return array
 
 
 def state_dict(state: State, *groups: Iterable[str]) -> dict[str, Any]:
@@ -61,10 +74,10 @@ def from_state_dict(
     tensors = dict(zip(indices, parameters, strict=True))
     kept = {name: state_dict["state"].get(index, {}) for index, name in tensors.items()}
     return built(
-        {name: _array(tensor) for name, tensor in parameters.items()},
+        {name: as_array(tensor) for name, tensor in parameters.items()},
         _groups(param_groups, tensors, rule),
         {
-            slot: {name: _array(values[key]) for name, values in kept.items() if values.get(key) is not None}
+            slot: {name: as_array(values[key]) for name, values in kept.items() if values.get(key) is not None}
             for slot, key in names.slots.items()
         },
         {name: _steps(values, names) for name, values in kept.items()},
@@ -139,12 +152,3 @@ def _steps(values: Mapping[str, Any], names: Names) -> int:
     if not names.counted:
         return int(any(value is not None for value in values.values()))
     return int(values.get(STEP, 0))
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # which torch does not give to NumPy
-        array: Array = tensor.view(torch.uint16).numpy().view(BFLOAT16.array_dtype)
-    else:
-        array = tensor.numpy()
-    return array

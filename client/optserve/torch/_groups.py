@@ -1,0 +1,73 @@
+"""Parameter groups: what torch calls them and keeps of them, as the groups of a parameter set."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from optserve._errors import InvalidGroup, InvalidName
+from optserve.optim import Group, Optimizer
+
+ParamGroup = dict[str, Any]
+
+
+def torch_defaults(optimizer: Optimizer) -> dict[str, Any]:
+    """What a `torch.optim` optimizer would have as `defaults`."""
+    values = optimizer.at(0).hyperparameters
+    values.pop("convention", None)
+    return values
+
+
+def names_of(param_groups: Sequence[ParamGroup]) -> list[list[str]]:
+    """The tensors' names by group: those of `named_parameters()`, or numbers. Raises InvalidName if two are the same."""
+    count, names = 0, []
+    for group in param_groups:
+        known = group.get("param_names", [f"parameter-{count + k}" for k in range(len(group["params"]))])
+        count += len(known)
+        names.append(list(known))
+    every = [name for members in names for name in members]
+    if twice := sorted({name for name in every if every.count(name) > 1}):
+        raise InvalidName(f"expected a name of its own for each parameter; got several of {twice[0]!r}")
+    return names
+
+
+def group_names(param_groups: Sequence[ParamGroup]) -> list[str]:
+    """The sets' names of groups: `default` the first, the others what they have as `name`, or `group-1`, `group-2`."""
+    names = [Group.DEFAULT]
+    names += [str(group.get("name", f"group-{index}")) for index, group in enumerate(param_groups) if index]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InvalidGroup(f"expected a name of its own for each parameter group; got several of {twice[0]!r}")
+    return names
+
+
+def hyperparameters_of(group: ParamGroup, optimizer: Optimizer) -> dict[str, Any]:
+    """The values that a parameter group has for a rule's hyperparameters now, as Python values."""
+    names = torch_defaults(optimizer)
+    return {name: _plain(group[name]) for name in names if name in group}
+
+
+def creation_groups(
+    param_groups: Sequence[ParamGroup], names: Iterable[Sequence[str]], optimizer: Optimizer
+) -> tuple[Group, ...]:
+    """The groups beside `default`, as a set is created with, with what is different there."""
+    common = torch_defaults(optimizer)
+    return tuple(
+        Group(name, *members, **_different(hyperparameters_of(group, optimizer), common))
+        for name, members, group in list(zip(group_names(param_groups), names, param_groups, strict=True))[1:]
+    )
+
+
+def of_default(group: ParamGroup, optimizer: Optimizer) -> Optimizer:
+    """The optimizer with what the first parameter group has instead of its values."""
+    return optimizer.replace(**_different(hyperparameters_of(group, optimizer), torch_defaults(optimizer)))
+
+
+def _different(values: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value != common[name]}
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter: torch may keep a number in a tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value

@@ -1,0 +1,234 @@
+"""A `torch.optim.Optimizer` whose state and arithmetic are a server's."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from optserve._client import Client
+from optserve._errors import FailedPrecondition, TensorMismatch
+from optserve._parameter_set import ParameterSet
+from optserve._results import GroupDescription, Parameters, Receipt
+from optserve._rows import RowSparse
+from optserve._specification import TensorSpec
+from optserve._state import State
+from optserve.interop import torch as interop
+from optserve.interop.torch import as_array
+from optserve.optim import Optimizer
+from optserve.torch._groups import (
+    creation_groups,
+    group_names,
+    hyperparameters_of,
+    names_of,
+    of_default,
+    torch_defaults,
+)
+from optserve.torch._tensors import as_gradient, assign
+
+
+class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any to who has not installed it
+    """An optimizer of a training script that runs on a server: `step` pushes gradients, and pulls parameters.
+
+    `params` are `model.named_parameters()`, or parameter groups of such; tensors without a name get a number. `server` is an
+    address, or a `Client`; `id` names the parameter set there, which is created with the rule and the present parameters. If
+    there is one, of the same specification, the parameters become what it has: so several workers begin alike, and a run that
+    was interrupted goes on. `creation` is what else `Client.create_parameter_set` takes, such as `policy` or `transforms`.
+
+    What a parameter group says of hyperparameters, or a scheduler writes there, travels with the next step. The worker keeps
+    no optimizer state: `state_dict` asks the server for it, in the form of the `torch.optim` optimizer of the same name, and
+    `load_state_dict` takes what either has saved. Under torchrun, the worker's name is its rank (`RANK`).
+
+    Raises what `create_parameter_set` raises.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        server: str | Sequence[str] | Client,
+        id: str,
+        optimizer: Optimizer,
+        *,
+        client_id: str | None = None,
+        **creation: Any,
+    ) -> None:
+        self._weights: ParameterSet | None = None
+        self._sent: dict[str, dict[str, Any]] = {}  # by group and name
+        self._receipt: Receipt | None = None
+        self._optimizer = optimizer
+        super().__init__(params, torch_defaults(optimizer))
+        self._id = id
+        self._client_id = client_id or (f"rank-{os.environ['RANK']}" if "RANK" in os.environ else None)
+        self._creation = creation
+        self._owned = None if isinstance(server, Client) else Client(server)
+        self._client: Client = server if isinstance(server, Client) else self._owned  # type: ignore[assignment]
+        self._names = names_of(self.param_groups)
+        try:
+            self._attach(
+                self._client.create_parameter_set(
+                    id,
+                    {name: as_array(tensor) for name, tensor in self._tensors.items()},
+                    of_default(self.param_groups[0], optimizer),
+                    groups=creation_groups(self.param_groups, self._names, optimizer),
+                    exist_ok=True,
+                    client_id=self._client_id,
+                    **creation,
+                )
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"RemoteOptimizer({self._id!r}, {self._optimizer!r})"
+
+    @property
+    def weights(self) -> ParameterSet:
+        """The handle on the parameter set."""
+        if self._weights is None:
+            raise FailedPrecondition("expected an optimizer that has a parameter set; this one could not create it")
+        return self._weights
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """That of the last step that pushed anything: `receipt.outcome` says what became of it."""
+        return self._receipt
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Push the gradients that there are, and take over the parameters; raises what `ParameterSet.push` raises."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = {
+            name: as_gradient(tensor.grad) for name, tensor in self._tensors.items() if tensor.grad is not None
+        }
+        if gradients:
+            changes = self._changes()
+            pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
+            for group, values in changes.items():
+                self._sent[group].update(values)
+            self._receipt = pulled.receipt
+            self._take(pulled)
+        return loss
+
+    def pull(self) -> None:
+        """Let the parameters be what the server has, without a push."""
+        self._take(self.weights.pull())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
+        kept = interop.state_dict(self.weights.state(), *self._names)["state"]
+        tensors = list(self._tensors.values())
+        self.state.update({tensors[index]: values for index, values in kept.items()})
+        try:
+            return dict(super().state_dict())
+        finally:
+            self.state.clear()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
+
+        Other workers of the set are to attach again. Raises InvalidState, and then nothing has changed.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = self._tensors
+        state = interop.from_state_dict(
+            {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
+        )
+        self._recreate(state)
+
+    def close(self) -> None:
+        """End the connection, if the optimizer has made it."""
+        if self._weights is not None:
+            self._weights.close()
+        if self._owned is not None:
+            self._owned.close()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; once there is a set, it is made anew with more tensors, so that other workers are to attach again."""
+        super().add_param_group(param_group)
+        if self._weights is None:
+            return
+        state, group = self._weights.state(), self.param_groups[-1]
+        try:
+            names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
+            added = dict(zip(names[-1], map(as_array, group["params"]), strict=True))
+            description = GroupDescription(
+                group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))
+            )
+            specs = {name: TensorSpec.of(name, array) for name, array in added.items()}
+            state = replace(
+                state,
+                tensors=(*state.tensors, *specs.values()),
+                groups=(*state.groups, description),
+                parameters={**state.parameters, **added},
+                steps={**state.steps, **dict.fromkeys(added, 0)},
+            )
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._names = names
+        self._recreate(state)
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, in torch's order."""
+        return {
+            name: tensor
+            for names, group in zip(self._names, self.param_groups, strict=True)
+            for name, tensor in zip(names, group["params"], strict=True)
+        }
+
+    def _recreate(self, state: State) -> None:
+        self.weights.delete()
+        self._attach(self._client.create_parameter_set(self._id, state, client_id=self._client_id, **self._creation))
+
+    def _attach(self, weights: ParameterSet) -> None:
+        """Take over a set: what its groups have is known to be sent."""
+        self._weights, self._receipt = weights, None
+        description = weights.describe()
+        self._sent = {
+            group.name: {
+                name: value for name, value in group.optimizer.hyperparameters.items() if name not in group.schedules
+            }
+            for group in description.groups
+        }
+        self._take(weights.pull())
+
+    def _changes(self) -> dict[str, dict[str, Any]]:
+        """What parameter groups say of hyperparameters that the server has not heard; schedules of its own it follows."""
+        changes = {}
+        for name, group in zip(group_names(self.param_groups), self.param_groups, strict=True):
+            sent = self._sent[name]
+            values = hyperparameters_of(group, self._optimizer)
+            if changed := {key: value for key, value in values.items() if key in sent and value != sent[key]}:
+                changes[name] = changed
+        return changes
+
+    def _take(self, pulled: Parameters) -> None:
+        tensors = self._tensors
+        for name, array in pulled.items():
+            if name not in tensors or isinstance(array, RowSparse):
+                raise TensorMismatch(
+                    f"expected a set of this optimizer's {len(tensors)} parameters; {name!r} is not one of them"
+                )
+            assign(tensors[name], array)
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups as in a state_dict, with numbers in the place of parameters, without what is a scheduler's."""
+        count, packed = 0, []
+        for name, group in zip(group_names(self.param_groups), self.param_groups, strict=True):
+            numbers = list(range(count, count + len(group["params"])))
+            count += len(numbers)
+            packed.append({**hyperparameters_of(group, self._optimizer), "name": name, "params": numbers})
+        return packed

@@ -1,0 +1,37 @@
+"""Gradients as what a push takes, and parameters back."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from optserve._errors import InvalidTensor
+from optserve._rows import RowSparse
+from optserve.interop.torch import as_array
+
+Array = np.ndarray[Any, Any]
+
+
+def as_gradient(gradient: torch.Tensor) -> Array | RowSparse:
+    """A gradient as a push takes it: that of an embedding with `sparse=True` as some of its rows. Raises InvalidTensor."""
+    if gradient.layout != torch.sparse_coo:
+        return as_array(gradient)
+    if gradient.sparse_dim() != 1:
+        raise InvalidTensor(
+            f"expected a sparse gradient that has whole rows, as an embedding's; got one with {gradient.sparse_dim()} "
+            "sparse dimensions"
+        )
+    gradient = gradient.coalesce()
+    return RowSparse(as_array(gradient.indices()[0]), as_array(gradient.values()))
+
+
+def assign(tensor: torch.Tensor, array: Array) -> None:
+    """Let a tensor have the values of an array, and autograd know that it changed."""
+    if tensor.device.type == "cpu":
+        np.copyto(as_array(tensor), array)
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        np.copyto(as_array(staged), array)
+        with torch.no_grad():
+            tensor.copy_(staged, non_blocking=True)

@@ -1,0 +1,391 @@
+"""`RemoteOptimizer` in training loops that were written for `torch.optim`, against the local optimizer of the same name."""
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import optserve
+from optimizer_table import muon_in_full_precision, torch_in_float64
+from optserve import Outcome, Sync, optim
+from optserve.torch import RemoteOptimizer
+from optserve_server import Server
+
+NewId = Callable[[], str]
+ParamGroups = list[dict[str, Any]]
+
+STEPS = 200
+WORDS, LENGTH, CLASSES = 20, 6, 3
+SHARED = (
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+    "Adafactor",
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Adadelta": {"lr": 0.3},
+    "Rprop": {"lr": 1e-3},
+    "SGD": {"lr": 0.05, "momentum": 0.9},
+}
+
+
+FIXED = ("Rprop",)  # whose learning rate can't change: it is where step sizes begin
+
+
+class Convolutions(nn.Module):
+    """Reads images of 8 by 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, stride=2), nn.Conv2d(4, 6, 3)
+        self.head, self.unused = nn.Linear(6, CLASSES), nn.Linear(2, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(images))))
+        return self.head(hidden.flatten(1))
+
+
+class Transformer(nn.Module):
+    """Reads words; those that it writes have the embeddings of those that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 8)
+        # Without biases: that of the keys has no effect, and its gradient is nothing but what rounding left.
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, bias=False)
+        self.head = nn.Linear(8, WORDS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.embedding(words))).mean(1)
+
+
+def made(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().to(dtype)
+
+
+def inputs_of(model: nn.Module, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch, and its classes."""
+    randomness = torch.Generator().manual_seed(step)
+    if isinstance(model, Transformer):
+        words = torch.randint(WORDS, (4, LENGTH), generator=randomness)
+        return words, words[:, 0]
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(8, 1, 8, 8, generator=randomness).to(dtype)
+    return images, (images.mean((1, 2, 3)) * 20).long() % CLASSES
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    inputs, classes = inputs_of(model, step)
+    return cross_entropy(model(inputs).to(torch.promote_types(next(model.parameters()).dtype, torch.float32)), classes)
+
+
+def backward(model: nn.Module, step: int) -> float:
+    loss = loss_of(model, step)
+    loss.backward()
+    return loss.item()
+
+
+def groups_of(model: nn.Module, rate: float) -> ParamGroups:
+    """Tensors of one dimension are a group of their own, with a learning rate of its own."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(name, tensor) for name, tensor in named if tensor.ndim > 1]},
+        {"params": [(name, tensor) for name, tensor in named if tensor.ndim <= 1], "lr": rate},
+    ]
+
+
+def local(name: str, groups: ParamGroups, options: dict[str, Any]) -> torch.optim.Optimizer:
+    return getattr(torch.optim, name)(groups, **options)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def remote(memory_client: optserve.Client, new_id: NewId) -> Callable[..., RemoteOptimizer]:
+    """A remote optimizer of that name."""
+
+    def remote(name: str, groups: Any, options: dict[str, Any], **creation: Any) -> RemoteOptimizer:
+        return RemoteOptimizer(groups, memory_client, new_id(), optim.catalogue()[name](**options), **creation)
+
+    return remote
+
+
+def trained(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    exchange: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] = lambda optimizer: optimizer,
+    *,
+    steady: bool = False,
+) -> nn.Module:
+    """After a loop with all that loops have: a scheduler, unless the rates are to be steady, clipping, gradients that are
+    missing, and an exchange of the optimizer for another one, twice."""
+
+    def share(step: int) -> float:
+        return 1.0 if steady else 1.0 / (1.0 + step / STEPS)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    for step in range(STEPS):
+        if step in (STEPS // 3, 2 * STEPS // 3):
+            kept, optimizer = scheduler.state_dict(), exchange(optimizer)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share, last_epoch=step)
+            scheduler.load_state_dict(kept)
+        optimizer.zero_grad()
+        backward(model, step)
+        if step % 5 == 4:
+            next(model.parameters()).grad = None
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return model
+
+
+def distance(model: nn.Module, other: nn.Module) -> float:
+    """The largest difference, in shares of each tensor's largest magnitude."""
+    return max(
+        float((one.detach() - two.detach()).abs().max() / two.detach().abs().max().clamp_min(1e-30))
+        for one, two in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Let torch keep what it knows of a tensor in float64."""
+    with torch_in_float64():
+        yield
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [Convolutions, Transformer])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_loop_leads_where_it_leads_with_the_local_optimizer(
+    name: str, kind: type[nn.Module], remote: Callable[..., RemoteOptimizer]
+) -> None:
+    """In float64, with groups, a scheduler, clipping, and gradients that are missing; on the way, the optimizer goes from the
+    server to this process and back."""
+    options, steady = OPTIONS.get(name, {"lr": 1e-2}), name in FIXED
+    rate = options["lr"] * (1.0 if steady else 0.5)
+    expected = made(kind)
+    trained(expected, local(name, groups_of(expected, rate), options), steady=steady)
+    model = made(kind)
+
+    def exchanged(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        saved = copy.deepcopy(optimizer.state_dict())
+        groups = groups_of(model, rate)
+        other = (
+            local(name, groups, options) if isinstance(optimizer, RemoteOptimizer) else remote(name, groups, options)
+        )
+        other.load_state_dict(saved)
+        return other
+
+    trained(model, remote(name, groups_of(model, rate), options), exchanged, steady=steady)
+    assert distance(model, expected) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_muon_on_matrices(remote: Callable[..., RemoteOptimizer]) -> None:
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    expected, model = (
+        nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)) for _ in range(2)
+    )
+    model.load_state_dict(expected.state_dict())
+    with muon_in_full_precision():
+        for each, optimizer in (
+            (expected, local("Muon", [{"params": list(expected.parameters())}], options)),
+            (model, remote("Muon", model.named_parameters(), options)),
+        ):
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                inputs, targets = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(step))
+                (each(inputs) - targets[:, :3]).square().mean().backward()
+                optimizer.step()
+    assert distance(model, expected) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", ["SGD", "SparseAdam", "Adagrad"])
+def test_sparse_gradients_of_embeddings_travel_as_rows(name: str, remote: Callable[..., RemoteOptimizer]) -> None:
+    expected, model = (nn.EmbeddingBag(50, 4, sparse=True, mode="sum") for _ in range(2))
+    model.load_state_dict(expected.state_dict())
+    optimizer = remote(name, model.named_parameters(), {"lr": 0.1})
+    for each, stepping in (
+        (expected, local(name, [{"params": list(expected.parameters())}], {"lr": 0.1})),
+        (model, optimizer),
+    ):
+        for step in range(STEPS):
+            stepping.zero_grad()
+            words = torch.randint(50, (5, 3), generator=torch.Generator().manual_seed(step))
+            (each(words) - 1.0).square().mean().backward()
+            stepping.step()
+    assert distance(model, expected) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_a_float32_master(dtype: torch.dtype, remote: Callable[..., RemoteOptimizer]) -> None:
+    """Gradients are of the rounded parameters; what is rounded is a copy of those that are trained."""
+    options = {"lr": 1e-2}
+    expected, master, model = made(Convolutions, dtype), made(Convolutions, dtype).float(), made(Convolutions, dtype)
+    optimizer = local("AdamW", [{"params": list(master.parameters())}], options | {"foreach": False})
+    ours = remote("AdamW", model.named_parameters(), options)
+    for step in range(50):
+        for each in (expected, model):
+            each.zero_grad()
+            backward(each, step)
+        for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
+            kept.grad = None if rounded.grad is None else rounded.grad.float()
+        optimizer.step()
+        ours.step()
+        with torch.no_grad():
+            for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
+                rounded.copy_(kept)
+    assert distance(model, expected) < 2 * torch.finfo(dtype).eps
+
+
+def test_a_state_dict_is_that_of_torch_and_the_worker_keeps_nothing(remote: Callable[..., RemoteOptimizer]) -> None:
+    expected, model = made(Convolutions), made(Convolutions)
+    theirs = local("AdamW", groups_of(expected, 0.5), {"lr": 1.0})
+    ours = remote("AdamW", groups_of(model, 0.5), {"lr": 1.0})
+    for each, optimizer in ((expected, theirs), (model, ours)):
+        backward(each, 0)
+        optimizer.step()
+    saved, kept = theirs.state_dict(), ours.state_dict()
+    assert kept["state"].keys() == saved["state"].keys()
+    for index, values in saved["state"].items():
+        assert {key: value.dtype for key, value in kept["state"][index].items()} == {
+            key: value.dtype for key, value in values.items()
+        }
+    for one, two in zip(kept["param_groups"], saved["param_groups"], strict=True):
+        assert {key: two[key] for key in one if key in two} == {key: one[key] for key in one if key in two}
+        assert two.keys() - one.keys() <= {"foreach", "capturable", "differentiable", "fused"}
+    assert not ours.state
+
+
+def test_a_closure_is_evaluated_once_with_gradients(remote: Callable[..., RemoteOptimizer]) -> None:
+    model = made(Convolutions)
+    optimizer = remote("SGD", model.named_parameters(), {"lr": 0.1})
+    losses = [optimizer.step(lambda: backward(model, 0)) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert optimizer.weights.describe().position.version == 3
+
+
+def test_hooks_and_autograd_see_a_step(remote: Callable[..., RemoteOptimizer]) -> None:
+    model, seen = made(Convolutions), []
+    optimizer = remote("SGD", model.named_parameters(), {"lr": 0.1})
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    weight = model.head.weight  # type: ignore[union-attr]
+    output = (weight * weight).sum()
+    backward(model, 0)
+    optimizer.step()
+    assert seen == ["before", "after"]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_without_a_gradient_nothing_is_pushed(remote: Callable[..., RemoteOptimizer]) -> None:
+    model = made(Convolutions)
+    optimizer = remote("SGD", model.named_parameters(), {"lr": 0.1})
+    optimizer.step()
+    assert optimizer.receipt is None
+    assert optimizer.weights.describe().position.version == 0
+
+
+def test_a_group_that_is_added_later_learns_and_the_others_go_on(remote: Callable[..., RemoteOptimizer]) -> None:
+    expected, model = made(Convolutions), made(Convolutions)
+    for each, build in ((expected, local), (model, remote)):
+        heads = [(f"head.{name}", tensor) for name, tensor in each.head.named_parameters()]  # type: ignore[union-attr]
+        bodies = [(name, tensor) for name, tensor in each.named_parameters() if not name.startswith("head.")]
+        optimizer = build("Adam", [{"params": heads}], {"lr": 1e-2})
+        for step in range(20):
+            if step == 10:
+                optimizer.add_param_group({"params": bodies, "lr": 1e-3})
+            optimizer.zero_grad()
+            backward(each, step)
+            optimizer.step()
+    assert distance(model, expected) < 1e-9
+    assert optimizer.weights.describe().position.version == 20
+
+
+def test_a_grad_scaler_leaves_out_what_is_not_finite(remote: Callable[..., RemoteOptimizer]) -> None:
+    model = made(Convolutions, torch.float32)
+    optimizer = remote("SGD", model.named_parameters(), {"lr": 0.1})
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for step, poison in enumerate((False, True, False)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step) * (torch.inf if poison else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.weights.describe().position.version == 2
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_workers_of_a_round_begin_and_stay_alike(
+    server: Server, new_id: NewId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_id, models, optimizers = new_id(), [], []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        models.append(Convolutions())
+        monkeypatch.setenv("RANK", str(rank))
+        optimizers.append(
+            RemoteOptimizer(
+                models[-1].named_parameters(), server.address, set_id, optim.Adam(), policy=Sync(2, deterministic=True)
+            )
+        )
+    assert distance(models[1], models[0]) == 0.0
+    with ThreadPoolExecutor(2) as pool:
+        for step in range(3):
+            for rank, model in enumerate(models):
+                model.zero_grad()
+                backward(model, 2 * step + rank)
+            list(pool.map(lambda optimizer: optimizer.step(), optimizers))
+    assert distance(models[1], models[0]) == 0.0
+    assert [each.client_id for each in optimizers[0].weights.workers()] == ["rank-0", "rank-1"]
+    assert optimizers[0].receipt is not None
+    assert optimizers[0].receipt.outcome is Outcome.APPLIED
+    for optimizer in optimizers:
+        optimizer.close()
+
+
+def test_an_optimizer_that_comes_back_goes_on(server: Server, new_id: NewId) -> None:
+    set_id, model, other = new_id(), made(Convolutions), Convolutions().double()
+    first = RemoteOptimizer(model.named_parameters(), server.address, set_id, optim.Adam())
+    backward(model, 0)
+    first.step()
+    first.close()
+    second = RemoteOptimizer(other.named_parameters(), server.address, set_id, optim.Adam())
+    assert distance(other, model) == 0.0
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (lambda model: [("x", model.head.weight), ("x", model.head.bias)], optserve.InvalidName, "got several of 'x'"),
+        (
+            lambda model: [{"params": [model.head.weight]}, {"params": [model.head.bias], "name": "default"}],
+            optserve.InvalidGroup,
+            "got several of 'default'",
+        ),
+        (lambda model: [{"params": [model.head.weight], "lr": -1.0}], optserve.InvalidHyperparameter, "expected lr"),
+        (lambda model: [model.head.weight.detach().long()], optserve.InvalidTensor, "int64"),
+    ],
+)
+def test_bad_groups_are_refused(
+    groups: Callable[[Any], Any], error: type[Exception], message: str, remote: Callable[..., RemoteOptimizer]
+) -> None:
+    with pytest.raises(error, match=message):
+        remote("SGD", groups(made(Convolutions)), {"lr": 0.1})
