@@ -17,6 +17,16 @@ settings.register_profile("optserve", deadline=None)  # the first example of a t
 settings.load_profile("optserve")
 
 
+COMPILING = {"test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_interop"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process have all tests of a file; and those of files that need the same compiled loops, to compile them once."""
+    for item in items:
+        module = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("compiling" if module in COMPILING else module))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Let Ctrl-C be an exception, also where a shell runs the suite in the background, and with SIGINT ignored."""
