@@ -145,12 +145,12 @@ def _draw(figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     bars: dict[str, tuple[str, Callable[[Any], float | None], Callable[[float], str]]] = {
         "aim": (f"seconds to {AIM:.0%}", lambda found: found["seconds_to_aim"], "{:.1f}".format),
         "waiting": (
-            "part of the time that fast workers wait",
+            "time that fast workers wait",
             lambda found: found["waiting"]["fast"],
             "{:.0%}".format,
         ),
         "staleness": (
-            "staleness, 95th percentile, in updates",
+            "staleness, 95th percentile",
             lambda found: _staleness([found], 0.95),
             "{:g}".format,
         ),
