@@ -1,7 +1,6 @@
 """DiLoCo: what it computes, what goes on meanwhile, what it leaves alone, and what is left after a failure."""
 
 import contextlib
-import importlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -949,8 +948,3 @@ def test_with_a_replay_window_a_rollback_is_not_noticed(restarts: Restarts) -> N
                     restarts.come_back()
                 diloco.step()
         np.testing.assert_array_equal(diloco.parameters["x"], 5)
-
-
-def test_the_example_learns_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
-    assert importlib.import_module("diloco_digits").main(workers=2, steps=60, every=20) > 0.8

@@ -62,8 +62,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._id = id
         self._client_id = client_id or (f"rank-{os.environ['RANK']}" if "RANK" in os.environ else None)
         self._creation = creation
-        self._owned = None if isinstance(server, Client) else Client(server)
-        self._client: Client = server if isinstance(server, Client) else self._owned  # type: ignore[assignment]
+        self._client = server if isinstance(server, Client) else Client(server)
+        self._owns_client = self._client is not server
         self._names = names_of(self.param_groups)
         try:
             self._attach(
@@ -151,8 +151,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         """End the connection, if the optimizer has made it."""
         if self._weights is not None:
             self._weights.close()
-        if self._owned is not None:
-            self._owned.close()
+        if self._owns_client:
+            self._client.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; once there is a set, it is made anew with more tensors, so that other workers are to attach again."""
