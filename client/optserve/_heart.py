@@ -4,6 +4,8 @@ import threading
 from typing import Protocol
 from weakref import WeakSet
 
+from optserve._process import Owner
+
 BEATS = 3  # in each lease: one may be lost
 
 
@@ -26,6 +28,7 @@ class Heart:
         self._sessions: WeakSet[Beating] = WeakSet()
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._owner = Owner()
         self._thread: threading.Thread | None = None
 
     def add(self, session: Beating) -> None:
@@ -43,6 +46,8 @@ class Heart:
 
     def close(self) -> None:
         """Let all leave, and end the thread."""
+        if not self._owner.here:
+            return
         self._closed.set()
         with self._lock:
             sessions = list(self._sessions)

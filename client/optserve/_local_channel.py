@@ -19,6 +19,7 @@ from optserve._errors import (
     ServerUnavailable,
 )
 from optserve._messages import decode_refusal, encode_refusal
+from optserve._process import Owner
 from optserve._shared_memory import connected
 from optserve._transport import Stream
 from optserve._wire import LARGEST_MESSAGE, Frame
@@ -40,7 +41,7 @@ class LocalChannel:
         self._connection.settimeout(timeout)
         self._incoming = reader(self._connection)
         # Nobody may hold this any more and never have closed it.
-        self._end = weakref.finalize(self, _end, self._connection, self._incoming, beside)
+        self._end = weakref.finalize(self, _end, Owner(), self._connection, self._incoming, beside)
         try:
             begun = self._incoming.read(1)
         except OSError as error:  # it is gone, or does not answer
@@ -76,7 +77,9 @@ class LocalChannel:
         self._end()
 
 
-def _end(connection: socket.socket, incoming: BinaryIO, beside: Stream) -> None:
+def _end(owner: Owner, connection: socket.socket, incoming: BinaryIO, beside: Stream) -> None:
+    if not owner.here:  # whose connection it still is
+        return
     with contextlib.suppress(OSError):  # the server was first
         connection.shutdown(socket.SHUT_RDWR)
     incoming.close()

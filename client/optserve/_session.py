@@ -49,6 +49,7 @@ from optserve._messages import (
     encode_tensors,
 )
 from optserve._policy_messages import seconds_of
+from optserve._process import Owner
 from optserve._results import Parameters, Position, Receipt
 from optserve._retry import Retry
 from optserve._rows import encode_rows
@@ -94,6 +95,7 @@ class Session:
         self._timeout = timeout
         self._choice = choice
         self._moments_only = moments_only
+        self._owner = Owner()
         self._lock = threading.Lock()
         self._closed = False
         self._heart = heart
@@ -116,6 +118,7 @@ class Session:
         self, push: OutgoingPush | None, pull: OutgoingPull | None
     ) -> tuple[Receipt | None, Parameters | None]:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
+        self._owner.check()
         with self._lock:
             receipt, parameters = self._until_done(Exchange(push, pull))
             if receipt is not None or self._member:
@@ -129,6 +132,7 @@ class Session:
 
         Also None if no push was given up since the last receipt. Raises OutcomeUnknown.
         """
+        self._owner.check()
         with self._lock:
             if (attempt := self._ledger.unsettled) is None:
                 return None
@@ -148,6 +152,7 @@ class Session:
 
     def join(self) -> None:
         """Become a member of the set, which others wait for."""
+        self._owner.check()
         with self._lock:
             self._member = True
             self._until_done(Exchange(None, None))
@@ -155,6 +160,7 @@ class Session:
 
     def barrier(self) -> None:
         """Wait until all members have come to a barrier; raises RoundIncomplete."""
+        self._owner.check()
         with self._lock:
             self._member = True
             exchange = Exchange(None, None, barrier=True)
@@ -179,6 +185,7 @@ class Session:
 
     def identity(self) -> Identity:
         """Who this worker is, and its last push that is known to be consumed; asks the server if it has not yet."""
+        self._owner.check()
         with self._lock:
             if not self._ledger.epoch:
                 self._until_done(Exchange(None, None))
@@ -186,6 +193,7 @@ class Session:
 
     def gradient_buffers(self) -> dict[str, np.ndarray[Any, Any]]:
         """An array for the gradient of each tensor: in shared memory, if that is how they travel now."""
+        self._owner.check()
         with self._lock:
             self._until_done(Exchange(None, None))
             assert self._carrier is not None
@@ -208,6 +216,8 @@ class Session:
 
     def close(self) -> None:
         """End the stream, and with it a call that another thread waits in. A member leaves; its session is remembered."""
+        if not self._owner.here:
+            return
         self._heart.remove(self)
         if self._member and self._lock.acquire(blocking=False):
             try:

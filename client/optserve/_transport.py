@@ -23,6 +23,7 @@ from optserve._errors import (
     ServerUnavailable,
     error_from,
 )
+from optserve._process import Owner
 from optserve._wire import LARGEST_MESSAGE, Frame
 from optserve.v1 import optimizer_service_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
@@ -116,6 +117,7 @@ class GrpcTransport:
     """Calls over one gRPC channel."""
 
     def __init__(self, address: str) -> None:
+        self._owner = Owner()
         self._address = address
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._deadlines = Deadlines()
@@ -123,6 +125,7 @@ class GrpcTransport:
         self._health: Callable[..., Any] = self._channel.unary_unary("/grpc.health.v1.Health/Check")
 
     def call(self, method: str, request: Any, timeout: float, *, wait: bool = False) -> Any:
+        self._owner.check()
         try:
             return self._methods[method](request, timeout=timeout, wait_for_ready=wait)
         except grpc.RpcError as error:
@@ -140,6 +143,7 @@ class GrpcTransport:
             raise self._closed(error) from None
 
     def download(self, method: str, request: Any, timeout: float) -> Iterator[Frame[Any]]:
+        self._owner.check()
         try:
             yield from self._methods[method](request, timeout=timeout)
         except grpc.RpcError as error:
@@ -154,8 +158,9 @@ class GrpcTransport:
             raise self._closed(error) from None
 
     def close(self) -> None:
-        self._deadlines.close()
-        self._channel.close()
+        if self._owner.here:
+            self._deadlines.close()
+            self._channel.close()
 
     def _closed(self, error: ValueError) -> Exception:
         """gRPC says by a ValueError's text alone that the channel is closed."""
@@ -183,7 +188,7 @@ class GrpcStream:
         self._failures: list[Exception] = []
         self._call = step(_requests(self._outgoing, self._failures))
         # gRPC's thread waits on the queue for ever; it must not keep a stream alive that nobody holds.
-        self._end = weakref.finalize(self, _end, self._outgoing, self._call)
+        self._end = weakref.finalize(self, _end, Owner(), self._outgoing, self._call)
 
     def send(self, frames: Iterable[Frame[StepRequest]]) -> None:
         self._outgoing.put(frames)
@@ -216,9 +221,10 @@ def _requests(outgoing: "Outgoing", failures: list[Exception]) -> Iterator[Frame
         raise
 
 
-def _end(outgoing: "Outgoing", call: grpc.Call) -> None:
-    outgoing.put(None)
-    call.cancel()
+def _end(owner: Owner, outgoing: "Outgoing", call: grpc.Call) -> None:
+    if owner.here:
+        outgoing.put(None)
+        call.cancel()
 
 
 class Deadlines:
@@ -275,6 +281,7 @@ class MemoryTransport:
             raise ServerUnavailable(
                 f"':memory:' runs the engine in this process, which needs optserve[server]: {error}"
             ) from error
+        self._owner = Owner()
         self._engine = Engine()
         self._service: OptimizerService | None = OptimizerService(self._engine)
 
@@ -288,11 +295,12 @@ class MemoryTransport:
         return MemoryStream(self._open_service())
 
     def close(self) -> None:
-        if self._service is not None:
+        if self._service is not None and self._owner.here:
             self._service = None
             self._engine.close()
 
     def _open_service(self) -> "OptimizerService":
+        self._owner.check()
         if self._service is None:
             raise ClientClosed("this client was closed, and its engine with it")
         return self._service
