@@ -10,8 +10,11 @@ from hypothesis import settings
 
 import optserve
 from optserve_server import Config, Server
+from optserve_server.engine import threads
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
+
+threads.INLINE = 1 << 15  # so that sets of the size that tests have are shared by threads
 
 settings.register_profile("optserve", deadline=None)  # the first example of a test may compile a loop
 settings.load_profile("optserve")

@@ -17,7 +17,7 @@ from optserve.optim import Optimizer
 NewId = Callable[[], str]
 Tree = Any
 
-STEPS = 30
+STEPS = 20
 RULES: dict[str, tuple[Optimizer, optax.GradientTransformation]] = {
     "sgd": (optim.SGD(lr=0.1), optax.sgd(0.1)),
     "nesterov": (optim.SGD(lr=0.1, momentum=0.9, nesterov=True), optax.sgd(0.1, 0.9, nesterov=True)),
@@ -64,11 +64,12 @@ def assert_close(tree: Tree, expected: Tree, share: float) -> None:
         assert np.max(np.abs(leaf - other)) <= share * np.max(np.abs(other))
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("name", RULES)
-def test_a_remote_transformation_is_that_of_optax(name: str, jit: bool, client: optserve.Client, new_id: NewId) -> None:
+@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in RULES), ("adam", False)])
+def test_a_remote_transformation_is_that_of_optax(
+    name: str, jit: bool, memory_client: optserve.Client, new_id: NewId
+) -> None:
     rule, oracle = RULES[name]
-    assert_close(trained(remote(client, new_id(), rule), jit=jit), trained(oracle, jit=jit), 1e-5)
+    assert_close(trained(remote(memory_client, new_id(), rule), jit=jit), trained(oracle, jit=jit), 1e-5)
 
 
 @pytest.fixture
@@ -80,8 +81,8 @@ def float64() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("float64")
-def test_in_float64_it_differs_in_the_last_bits(client: optserve.Client, new_id: NewId) -> None:
-    found = trained(remote(client, new_id(), optim.Adam(lr=0.01)), jit=True, dtype="float64")
+def test_in_float64_it_differs_in_the_last_bits(memory_client: optserve.Client, new_id: NewId) -> None:
+    found = trained(remote(memory_client, new_id(), optim.Adam(lr=0.01)), jit=True, dtype="float64")
     assert_close(found, trained(optax.adam(0.01), jit=True, dtype="float64"), 1e-9)
 
 

@@ -31,7 +31,7 @@ from optserve_server.engine.rules import (
 ONE = np.ones((), np.float32)
 OTHER = optim.Group("other", "y")  # or rules that see whole groups would see it
 STEPS = 100
-SIZES = (17, 4097)
+SMALL, SIZE = 17, 4097
 MORE_SIZES = (1, 15, 100_003)  # of some rows
 VARIED = (
     "nesterov",
@@ -108,7 +108,8 @@ def name_of(value: object) -> str:
 
 
 varied = [ROWS[name] for name in VARIED]
-EVERY = [*product(ROWS.values(), SIZES), *product(varied, MORE_SIZES)]
+rules = {rule_for(row.optimizer): row for row in ROWS.values()}.values()  # one row of each
+EVERY = [*product(ROWS.values(), (SIZE,)), *product(rules, (SMALL,)), *product(varied, MORE_SIZES)]
 
 
 @pytest.mark.parametrize(("row", "size"), EVERY, ids=name_of)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import optserve
-from optimizer_table import ROWS, Array, Row, Step
-from test_rules import MORE_SIZES, ONE, OTHER, history, name_of, pulled, pushes, run_direct, varied
+from optimizer_table import Array, Row, Step
+from test_rules import MORE_SIZES, ONE, OTHER, SMALL, history, name_of, pulled, pushes, rules, run_direct, varied
 
-CASES = [*product(ROWS.values(), (4097,), (np.float32,)), *product(varied, (17, *MORE_SIZES), (np.float32, np.float64))]
+CASES = [*product(rules, (4097,), (np.float32,)), *product(varied, (SMALL, *MORE_SIZES), (np.float32, np.float64))]
 
 
 def run_client(client: optserve.Client, set_id: str, row: Row, parameters: Array, steps: list[Step]) -> Array:
@@ -39,7 +39,7 @@ def test_engine_memory_and_tcp_agree_bitwise(
     np.testing.assert_array_equal(direct, tcp)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("row", rules, ids=name_of)
 def test_bits_do_not_depend_on_the_number_of_threads(row: Row) -> None:
     parameters, steps = history(row, 100_003, np.float32)
     once = run_direct(row, parameters, steps[:5], threads=1)

@@ -117,8 +117,9 @@ def worker(leader: Server) -> Iterator[optserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("journal", ["always", "everysec"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "journal"), [*((kind, "always") for kind in KINDS), *((kind, "everysec") for kind in [*KINDS][:3])]
+)
 def test_a_standby_has_the_same_bits(
     kind: str, journal: str, leader: Server, standby: Server, worker: optserve.Client
 ) -> None:

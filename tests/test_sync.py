@@ -20,7 +20,7 @@ from optserve_server.engine.parameter_set import ParameterSet
 Array = np.ndarray[Any, Any]
 NewId = Callable[[], str]
 PATIENCE = 30.0  # seconds
-SIZE = 300_000  # more than one thread takes by itself
+SIZE = 50_000
 
 START = {"x": np.linspace(-1, 1, SIZE, dtype=np.float32), "y": np.ones((), np.float32)}
 

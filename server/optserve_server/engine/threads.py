@@ -32,23 +32,28 @@ class Threads:
         addresses: dict[int, int],
         *arguments: Any,
         grain: int = CACHE_LINE,
-        inline: int = INLINE,
+        inline: int | None = None,
     ) -> None:
-        """Run `loop(part, *arguments)` over the table, in parallel unless it has fewer than `inline` elements.
+        """Run `loop(part, *arguments)` over the table, in parallel unless it has fewer than `inline` elements (INLINE).
 
         Column 0 of a row is its first element, column 1 its number of elements. `addresses` says which columns advance
         along a row that is cut, and by how many bytes an element. Cuts are at multiples of `grain` elements.
         """
-        if self._pool is None or _size(table) < inline:
+        if self._pool is None or _size(table) < (INLINE if inline is None else inline):
             loop(table, *arguments)
         else:
             self._share(loop, split(table, addresses, self.count * SHARES, grain), arguments)
 
     def run_in_order(
-        self, loop: Callable[..., Any], table: Ranges, addresses: dict[int, int], *arguments: Any, inline: int = INLINE
+        self,
+        loop: Callable[..., Any],
+        table: Ranges,
+        addresses: dict[int, int],
+        *arguments: Any,
+        inline: int | None = None,
     ) -> None:
         """As `run`, for a table whose rows may name an element several times: its rows then act on it in their order."""
-        if self._pool is None or _size(table) < inline:
+        if self._pool is None or _size(table) < (INLINE if inline is None else inline):
             loop(table, *arguments)
         else:
             self._share(loop, split_in_order(table, addresses, self.count * SHARES), arguments)
