@@ -20,11 +20,20 @@ settings.register_profile("optserve", deadline=None)  # the first example of a t
 settings.load_profile("optserve")
 
 
-COMPILING = {"test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_interop"}
+COMPILING = ("test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_interop")
+LONG = (
+    *("test_command_line", "test_standby", "test_large", "test_server", "test_history", "test_demo", "test_store"),
+    *("test_examples", "test_failpoints", "test_overload", "test_own_rules", "test_torture", "test_wrong_storage"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process have all tests of a file; and those of files that need the same compiled loops, to compile them once."""
+    """Let one process have all tests of a file; and those of files that need the same compiled loops, to compile them once.
+
+    What takes long comes first, so that no process is left with it in the end.
+    """
+    first = {module: place for place, module in enumerate((*COMPILING, *LONG))}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         module = item.path.stem
         item.add_marker(pytest.mark.xdist_group("compiling" if module in COMPILING else module))

@@ -75,9 +75,10 @@ def test_a_remote_transformation_is_that_of_optax(
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Let JAX have float64, in the threads of callbacks as well."""
+    before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     yield
-    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.mark.usefixtures("float64")
