@@ -114,7 +114,7 @@ def test_a_refused_push_raises(client: optserve.Client, new_id: NewId) -> None:
     parameters = initial()
     pytree = Pytree(client.create_parameter_set(new_id(), named(parameters), optim.Adam()), parameters)
     with pytest.raises(optserve.NonFiniteValue, match="heads/0"):
-        pytree.step({"heads": [jnp.full((8, 2), jnp.nan)]})
+        pytree.step({"heads": [jnp.full((8, 2), jnp.nan, jnp.float32)]})
     assert pytree.receipt is None
 
 
