@@ -1,4 +1,4 @@
-"""A host of an emulated network sends bytes to its hub: `python -m link_probe` prints what arrived, and what was counted."""
+"""A host of an emulated network sends bytes to its hub: `python -m tests.link_probe` prints what arrived, and what was counted."""
 
 import socket
 import sys
@@ -13,7 +13,7 @@ def main() -> None:
     with (
         network(2, rate=1e9, delay=0.001, room=1.0) as net,
         socket.create_server(("0.0.0.0", 0)) as listener,
-        net.hosts[0].python("link_probe", net.hosts[0].address_of_hub(listener.getsockname()[1])),
+        net.hosts[0].python("tests.link_probe", net.hosts[0].address_of_hub(listener.getsockname()[1])),
     ):
         connection, _ = listener.accept()
         received = 0

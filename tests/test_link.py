@@ -33,7 +33,7 @@ def test_a_packet_by_itself_is_counted_as_it_is() -> None:
 def test_a_link_counts_what_it_carries_and_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
     before = networks()
     try:
-        isolated("link_probe")
+        isolated("tests.link_probe")
     except NoLink as missing:
         pytest.skip(str(missing))
     received, up, on_the_other, dropped = map(int, capfd.readouterr().out.split())
