@@ -1,4 +1,4 @@
-"""A host of an emulated network sends bytes to its hub: `python -m tests.link_probe` prints what arrived, and what was counted."""
+"""A host of an emulated network sends bytes to its hub: `python -m tests.link_probe` prints what arrived and was counted."""
 
 import socket
 import sys
