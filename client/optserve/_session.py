@@ -118,8 +118,7 @@ class Session:
         self, push: OutgoingPush | None, pull: OutgoingPull | None
     ) -> tuple[Receipt | None, Parameters | None]:
         """Push, pull, or both; raises the push's refusal, OutcomeUnknown, or what made the call fail for good."""
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             receipt, parameters = self._until_done(Exchange(push, pull))
             if receipt is not None or self._member:
                 self._joined()
@@ -132,8 +131,7 @@ class Session:
 
         Also None if no push was given up since the last receipt. Raises OutcomeUnknown.
         """
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             if (attempt := self._ledger.unsettled) is None:
                 return None
             push = f"push {attempt.sequence} to {self._set_id!r}"
@@ -152,16 +150,14 @@ class Session:
 
     def join(self) -> None:
         """Become a member of the set, which others wait for."""
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             self._member = True
             self._until_done(Exchange(None, None))
             self._joined()
 
     def barrier(self) -> None:
         """Wait until all members have come to a barrier; raises RoundIncomplete."""
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             self._member = True
             exchange = Exchange(None, None, barrier=True)
             self._until_done(exchange)
@@ -178,6 +174,13 @@ class Session:
             finally:
                 self._lock.release()
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The only call for a while; raises FailedPrecondition in a forked process, where nobody frees locks."""
+        self._owner.check()
+        with self._lock:
+            yield
+
     def _joined(self) -> None:
         self._member = True
         if self.lease < math.inf:
@@ -185,16 +188,14 @@ class Session:
 
     def identity(self) -> Identity:
         """Who this worker is, and its last push that is known to be consumed; asks the server if it has not yet."""
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             if not self._ledger.epoch:
                 self._until_done(Exchange(None, None))
             return Identity(self._client_id, self._ledger.epoch, self._ledger.sequence)
 
     def gradient_buffers(self) -> dict[str, np.ndarray[Any, Any]]:
         """An array for the gradient of each tensor: in shared memory, if that is how they travel now."""
-        self._owner.check()
-        with self._lock:
+        with self._turn():
             self._until_done(Exchange(None, None))
             assert self._carrier is not None
             names = [spec.name for spec in self._tensors]

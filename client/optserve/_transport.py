@@ -135,6 +135,7 @@ class GrpcTransport:
 
     def serving(self, timeout: float) -> bool:
         """Whether the server says, by gRPC's health protocol, that it serves."""
+        self._owner.check()
         try:
             return self._health(b"", timeout=timeout) == SERVING  # type: ignore[no-any-return]
         except grpc.RpcError:
@@ -152,6 +153,7 @@ class GrpcTransport:
             raise self._closed(error) from None
 
     def open(self) -> "GrpcStream":
+        self._owner.check()
         try:
             return GrpcStream(self._methods["Step"], self._deadlines, self._address)
         except ValueError as error:

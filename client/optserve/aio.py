@@ -48,7 +48,7 @@ def _pushing(
     @functools.wraps(method)
     async def call(self: "ParameterSet", /, *arguments: P.args, **options: P.kwargs) -> T:
         self._cancelled = None
-        pushed = self._submit(functools.partial(method, self._weights, *arguments, **options))
+        pushed = self._thread.submit(functools.partial(method, self._weights, *arguments, **options))
         try:
             return await _awaited(pushed)
         except asyncio.CancelledError:
@@ -74,15 +74,16 @@ def _handing_out(
 
 async def _awaited(future: "Future[T]") -> T:
     """What a thread's call gives; it goes on if this is cancelled."""
-    awaited = asyncio.wrap_future(future)
-    awaited.add_done_callback(_retrieved)
-    return await asyncio.shield(awaited)
+    return await _shielded(asyncio.wrap_future(future))
 
 
 async def _in_a_thread(call: Callable[[], T]) -> T:
-    task = asyncio.ensure_future(asyncio.to_thread(call))
-    task.add_done_callback(_retrieved)
-    return await asyncio.shield(task)
+    return await _shielded(asyncio.get_running_loop().run_in_executor(None, call))
+
+
+async def _shielded(future: asyncio.Future[T]) -> T:
+    future.add_done_callback(_retrieved)
+    return await asyncio.shield(future)
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:
@@ -170,11 +171,8 @@ class ParameterSet:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def _submit(self, call: Callable[[], T]) -> "Future[T]":
-        return self._thread.submit(call)
-
     async def _run(self, call: Callable[[], T]) -> T:
-        return await _awaited(self._submit(call))
+        return await _awaited(self._thread.submit(call))
 
 
 class Client:

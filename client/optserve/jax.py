@@ -106,13 +106,10 @@ def remote(client: Client, id: str, optimizer: Optimizer, **creation: Any) -> op
 
 def _stepped(weights: ParameterSet, gradients: Any, parameters: Any) -> Any:
     """What to add to the parameters: nothing, where the push made no update."""
-    pulled = weights.step(_arrays(gradients), parameters=_arrays(parameters) if parameters is not None else None)
-    leaves, structure = jax.tree_util.tree_flatten(gradients)
-    names = named(gradients)
-    nothing = (np.zeros(leaf.shape, leaf.dtype) for leaf in leaves)
-    return jax.tree_util.tree_unflatten(
-        structure, [pulled.get(name, zero) for name, zero in zip(names, nothing, strict=True)]
-    )
+    pushed = _arrays(gradients)
+    pulled = weights.step(pushed, parameters=_arrays(parameters) if parameters is not None else None)
+    updates = [pulled[name] if name in pulled else np.zeros_like(array) for name, array in pushed.items()]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(gradients), updates)
 
 
 def _arrays(tree: Any) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Parameter groups: what torch calls them and keeps of them, as the groups of a parameter set."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from optserve._errors import InvalidGroup, InvalidName
 from optserve.optim import Group, Optimizer
+from optserve.optim._optimizer import as_number
 
 ParamGroup = dict[str, Any]
 
@@ -25,9 +25,8 @@ def names_of(param_groups: Sequence[ParamGroup]) -> list[list[str]]:
         known = group.get("param_names", [f"parameter-{count + k}" for k in range(len(group["params"]))])
         count += len(known)
         names.append(list(known))
-    every = [name for members in names for name in members]
-    if twice := sorted({name for name in every if every.count(name) > 1}):
-        raise InvalidName(f"expected a name of its own for each parameter; got several of {twice[0]!r}")
+    if (twice := _repeated(name for members in names for name in members)) is not None:
+        raise InvalidName(f"expected a name of its own for each parameter; got several of {twice!r}")
     return names
 
 
@@ -35,8 +34,8 @@ def group_names(param_groups: Sequence[ParamGroup]) -> list[str]:
     """The sets' names of groups: `default` the first, the others what they have as `name`, or `group-1`, `group-2`."""
     names = [Group.DEFAULT]
     names += [str(group.get("name", f"group-{index}")) for index, group in enumerate(param_groups) if index]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidGroup(f"expected a name of its own for each parameter group; got several of {twice[0]!r}")
+    if (twice := _repeated(names)) is not None:
+        raise InvalidGroup(f"expected a name of its own for each parameter group; got several of {twice!r}")
     return names
 
 
@@ -68,6 +67,9 @@ def _different(values: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str
 
 def _plain(value: Any) -> Any:
     """A hyperparameter: torch may keep a number in a tensor."""
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
+    return tuple(map(as_number, value)) if isinstance(value, tuple | list) else as_number(value)
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name, by the alphabet, of those that come several times."""
+    return min((name for name, count in Counter(names).items() if count > 1), default=None)

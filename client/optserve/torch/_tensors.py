@@ -1,15 +1,12 @@
 """Gradients as what a push takes, and parameters back."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from optserve._errors import InvalidTensor
 from optserve._rows import RowSparse
+from optserve.interop._building import Array
 from optserve.interop.torch import as_array
-
-Array = np.ndarray[Any, Any]
 
 
 def as_gradient(gradient: torch.Tensor) -> Array | RowSparse:
