@@ -8,7 +8,7 @@ demo: .venv/demo  ## train on handwritten digits over gRPC, with 4 worker proces
 	$(BIN)/optserve demo
 
 test: .venv/dev  ## the whole test suite, in two processes
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 mutants: .venv/dev  ## change every expression of the rules, one at a time: do the tests see it? takes ten minutes
 	$(BIN)/python tests/mutants.py
