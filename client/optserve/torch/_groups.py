@@ -48,8 +48,8 @@ def hyperparameters_of(group: ParamGroup, optimizer: Optimizer) -> dict[str, Any
 def creation_groups(
     param_groups: Sequence[ParamGroup], names: Iterable[Sequence[str]], optimizer: Optimizer
 ) -> tuple[Group, ...]:
-    """The groups beside `default`, as a set is created with, with what is different there."""
-    common = torch_defaults(optimizer)
+    """The groups beside `default`, as a set is created with, with what they have that `default` has not."""
+    common = {**torch_defaults(optimizer), **hyperparameters_of(param_groups[0], optimizer)}
     return tuple(
         Group(name, *members, **_different(hyperparameters_of(group, optimizer), common))
         for name, members, group in list(zip(group_names(param_groups), names, param_groups, strict=True))[1:]
