@@ -19,9 +19,11 @@ def torch_defaults(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def names_of(param_groups: Sequence[ParamGroup]) -> list[list[str]]:
-    """The tensors' names by group: those of `named_parameters()`, or numbers. Raises InvalidName if two are the same."""
+    """The tensors' names by group: those of `named_parameters()`, or numbers. Raises InvalidName or InvalidGroup for twins."""
     count, names = 0, []
     for group in param_groups:
+        if len({id(tensor) for tensor in group["params"]}) < len(group["params"]):  # torch warns, and steps it twice
+            raise InvalidGroup("expected each parameter once in a parameter group; got one several times")
         known = group.get("param_names", [f"parameter-{count + k}" for k in range(len(group["params"]))])
         count += len(known)
         names.append(list(known))

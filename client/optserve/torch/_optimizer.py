@@ -64,8 +64,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._creation = creation
         self._client = server if isinstance(server, Client) else Client(server)
         self._owns_client = self._client is not server
-        self._names = names_of(self.param_groups)
         try:
+            self._names = names_of(self.param_groups)
             self._attach(
                 self._client.create_parameter_set(
                     id,
