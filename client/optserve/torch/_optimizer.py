@@ -162,6 +162,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         state, group = self._weights.state(), self.param_groups[-1]
         try:
             names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
+            names[:-1] = self._names  # which the set has, whatever a state dict called them since
             added = dict(zip(names[-1], map(as_array, group["params"]), strict=True))
             description = GroupDescription(
                 group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))
