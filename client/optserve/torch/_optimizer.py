@@ -127,24 +127,38 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def state_dict(self) -> dict[str, Any]:
         """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
-        kept = interop.state_dict(self.weights.state(), *self._names)["state"]
         tensors = list(self._tensors.values())
-        self.state.update({tensors[index]: values for index, values in kept.items()})
+        state = interop.state_dict(self.weights.state(), *self._names)["state"]
+        kept = {tensors[index]: values for index, values in state.items()}
+        self.state.update(kept)
         try:
             return dict(super().state_dict())
         finally:
-            self.state.clear()
+            for tensor in kept:
+                self.state.pop(tensor, None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
 
         Other workers of the set are to attach again. Raises InvalidState, and then nothing has changed.
         """
-        super().load_state_dict({**state_dict, "state": {}})
-        parameters = self._tensors
-        state = interop.from_state_dict(
-            {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
-        )
+        loaded: dict[Any, Any] = {}
+
+        def take_state(_: object, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(given["state"])
+            return {**given, "state": {}}
+
+        groups, hook = self.param_groups, self.register_load_state_dict_pre_hook(take_state)  # it is the last one
+        try:
+            super().load_state_dict(state_dict)
+            state = interop.from_state_dict(
+                {"state": loaded, "param_groups": self._packed_groups()}, self._tensors, type(self._optimizer)
+            )
+        except BaseException:
+            self.param_groups = groups
+            raise
+        finally:
+            hook.remove()
         self._recreate(state)
 
     def close(self) -> None:
