@@ -84,6 +84,11 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     def __repr__(self) -> str:
         return f"RemoteOptimizer({self._id!r}, {self._optimizer!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"expected no copy of {self}: its state is a server's. Keep its state_dict(), or make another one with the same id"
+        )
+
     @property
     def weights(self) -> ParameterSet:
         """The handle on the parameter set."""
