@@ -42,6 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# In shares of a tensor's largest magnitude: of two float32 runs with the same gradients, each rounds a parameter by half of eps
+# in each step. The roundings within an update are of numbers that are smaller by the learning rate.
+ROUNDING = STEPS * torch.finfo(torch.float32).eps
 FIXED = ("Rprop",)  # whose learning rate can't change: it is where step sizes begin
 
 
@@ -233,25 +236,35 @@ def test_sparse_gradients_of_embeddings_travel_as_rows(name: str, remote: Callab
     assert distance(model, expected) < 1e-9
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_a_float32_master(dtype: torch.dtype, remote: Callable[..., RemoteOptimizer]) -> None:
-    """Gradients are of the rounded parameters; what is rounded is a copy of those that are trained."""
-    options = {"lr": 1e-2}
-    expected, master, model = made(Convolutions, dtype), made(Convolutions, dtype).float(), made(Convolutions, dtype)
-    optimizer = local("AdamW", [{"params": list(master.parameters())}], options | {"foreach": False})
-    ours = remote("AdamW", model.named_parameters(), options)
-    for step in range(50):
-        for each in (expected, model):
-            each.zero_grad()
-            backward(each, step)
-        for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
-            kept.grad = None if rounded.grad is None else rounded.grad.float()
-        optimizer.step()
+@pytest.mark.parametrize("name", SHARED)
+def test_half_precision_is_that_of_a_float32_master(name: str, remote: Callable[..., RemoteOptimizer]) -> None:
+    """Gradients are of the rounded parameters; what is rounded is a copy of those that are trained.
+
+    Those are parameters that are float32 on the server, bit for bit, and those of torch's loop but for float32's own rounding:
+    where that crosses the middle of two numbers of half precision, and only there, the copy has the other one.
+    """
+    halves = [made(Convolutions, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    twins, expected = ([copy.deepcopy(half).float() for half in halves] for _ in range(2))
+    options = OPTIONS.get(name, {"lr": 1e-2})
+    ours = remote(name, [tensor for model in halves + twins for tensor in model.parameters()], options)
+    masters = [tensor for model in expected for tensor in model.parameters()]
+    theirs = local(name, [{"params": masters}], options | {"foreach": False})
+    for step in range(STEPS):
+        for half, *others in zip(halves, twins, expected, strict=True):
+            half.zero_grad()
+            backward(half, step)
+            for rounded, *kept in zip(half.parameters(), *(each.parameters() for each in others), strict=True):
+                for each in kept:
+                    each.grad = None if rounded.grad is None else rounded.grad.float()
         ours.step()
-        with torch.no_grad():
-            for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
-                rounded.copy_(kept)
-    assert distance(model, expected) < 2 * torch.finfo(dtype).eps
+        theirs.step()
+    for half, twin, there in zip(halves, twins, expected, strict=True):
+        assert distance(twin, there) <= ROUNDING
+        for rounded, kept, master in zip(half.parameters(), twin.parameters(), there.parameters(), strict=True):
+            assert torch.equal(rounded, kept.to(rounded.dtype))
+            near = ROUNDING * master.abs().max()
+            assert ((master - near).to(rounded.dtype) <= rounded).all()
+            assert (rounded <= (master + near).to(rounded.dtype)).all()
 
 
 def test_a_state_dict_is_that_of_torch_and_the_worker_keeps_nothing(remote: Callable[..., RemoteOptimizer]) -> None:
