@@ -44,6 +44,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     Raises what `create_parameter_set` raises.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(
         self,
         params: ParamsT,
