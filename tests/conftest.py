@@ -22,7 +22,7 @@ settings.load_profile("optserve")
 
 COMPILING = (
     *("test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_torch_suite"),
-    "test_interop",
+    *("test_torch_optimizer", "test_interop"),
 )
 LONG = (
     *("test_command_line", "test_standby", "test_large", "test_server", "test_history", "test_demo", "test_store"),
