@@ -44,6 +44,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     Raises what `create_parameter_set` raises.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(
         self,
         params: ParamsT,
@@ -64,8 +66,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._creation = creation
         self._client = server if isinstance(server, Client) else Client(server)
         self._owns_client = self._client is not server
-        self._names = names_of(self.param_groups)
         try:
+            self._names = names_of(self.param_groups)
             self._attach(
                 self._client.create_parameter_set(
                     id,
@@ -83,6 +85,11 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def __repr__(self) -> str:
         return f"RemoteOptimizer({self._id!r}, {self._optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"expected no copy of {self}: its state is a server's. Keep its state_dict(), or make another one with the same id"
+        )
 
     @property
     def weights(self) -> ParameterSet:
@@ -127,24 +134,38 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def state_dict(self) -> dict[str, Any]:
         """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
-        kept = interop.state_dict(self.weights.state(), *self._names)["state"]
         tensors = list(self._tensors.values())
-        self.state.update({tensors[index]: values for index, values in kept.items()})
+        state = interop.state_dict(self.weights.state(), *self._names)["state"]
+        kept = {tensors[index]: values for index, values in state.items()}
+        self.state.update(kept)
         try:
             return dict(super().state_dict())
         finally:
-            self.state.clear()
+            for tensor in kept:
+                self.state.pop(tensor, None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
 
         Other workers of the set are to attach again. Raises InvalidState, and then nothing has changed.
         """
-        super().load_state_dict({**state_dict, "state": {}})
-        parameters = self._tensors
-        state = interop.from_state_dict(
-            {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
-        )
+        loaded: dict[Any, Any] = {}
+
+        def take_state(_: object, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(given["state"])
+            return {**given, "state": {}}
+
+        groups, hook = self.param_groups, self.register_load_state_dict_pre_hook(take_state)  # it is the last one
+        try:
+            super().load_state_dict(state_dict)
+            state = interop.from_state_dict(
+                {"state": loaded, "param_groups": self._packed_groups()}, self._tensors, type(self._optimizer)
+            )
+        except BaseException:
+            self.param_groups = groups
+            raise
+        finally:
+            hook.remove()
         self._recreate(state)
 
     def close(self) -> None:
@@ -162,6 +183,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         state, group = self._weights.state(), self.param_groups[-1]
         try:
             names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
+            names[:-1] = self._names  # which the set has, whatever a state dict called them since
             added = dict(zip(names[-1], map(as_array, group["params"]), strict=True))
             description = GroupDescription(
                 group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))
