@@ -33,35 +33,37 @@ OPTIONS = {
 
 def pages() -> dict[str, str]:
     """The text of each page by its path."""
+    sources = griffe.GriffeLoader(search_paths=PATHS)
+    for package in ("optserve", "optserve_server"):
+        sources.load(package)
+    code = sources.modules_collection
     found = {
         "client": "# Client and handles\n\n" + _objects("optserve", HANDLES),
-        "values": "# Policies, transforms, answers\n\n" + "\n\n".join(_values()),
+        "values": "# Policies, transforms, answers\n\n" + "\n\n".join(_values(code)),
         "errors": "# Errors\n\n" + _tree(),
         "optim": "# What an optimizer is\n\nThe optimizers themselves: [the catalogue](optimizers.md).\n\n"
         + _objects("optserve.optim", (name for name in optim.__all__ if name not in optim.catalogue())),
     }
     for page, (title, modules) in MODULES.items():
-        found[page] = f"# {title}\n\n" + "\n\n".join(map(_module, modules))
+        found[page] = f"# {title}\n\n" + "\n\n".join(_module(code[name]) for name in modules)
     found["aio"] += f"\n\n{_twins()}"
     return {f"reference/{page}.md": text + "\n" for page, text in found.items()}
 
 
-def _values() -> Iterator[str]:
+def _values(code: griffe.ModulesCollection) -> Iterator[str]:
     """The rest of `optserve`, by the modules that have it."""
-    package = griffe.load("optserve", search_paths=PATHS)
     homes = {
-        name: package[name].target_path.rpartition(".")[0]
+        name: code["optserve"][name].target_path.rpartition(".")[0]
         for name in optserve.__all__
         if name not in (*HANDLES, *vars(_errors)) and not inspect.ismodule(getattr(optserve, name))
     }
     for home in sorted(set(homes.values())):
-        module = griffe.load(home, search_paths=PATHS)
-        names = [name for name in module.members if homes.get(name) == home]
-        yield f"## {_title(module.docstring)}\n\n{_objects('optserve', names)}"
+        names = [name for name in code[home].members if homes.get(name) == home]
+        yield f"## {_title(code[home].docstring.value)}\n\n{_objects('optserve', names)}"
 
 
-def _title(about: griffe.Docstring | None) -> str:
-    return (about.value if about else "").partition("\n")[0].partition(":")[0].removesuffix(".")
+def _title(about: str) -> str:
+    return about.partition("\n")[0].partition(":")[0].removesuffix(".")
 
 
 def _tree() -> str:
@@ -78,13 +80,11 @@ def _twins() -> str:
     return f"`ParameterSet` has these as well, to be awaited, with the arguments of {twin}: {listed}."
 
 
-def _module(name: str) -> str:
-    module = griffe.load(name, search_paths=PATHS)
-    assert isinstance(module, griffe.Module)
-    assert module.docstring is not None
+def _module(module: griffe.Module) -> str:
     exported = set(map(str, module.exports or ()))
-    names = [each for each in module.members if each in exported]
-    return f"## {name}\n\n{module.docstring.value}\n\n{_objects(name, names)}"
+    names = [name for name in module.members if name in exported]
+    about = module.docstring.value if module.docstring else ""
+    return f"## {module.path}\n\n{about}\n\n{_objects(module.path, names)}"
 
 
 def _objects(module: str, names: Iterable[str]) -> str:

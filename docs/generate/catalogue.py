@@ -88,7 +88,7 @@ def _state(optimizer: type[Optimizer]) -> Iterator[str]:
         except InvalidHyperparameter:  # it needs another one
             continue
         if other is not None and _slots(other) != _slots(plain):
-            yield f"State with a `{name}`: {_kept(other)}"
+            yield f"State with `{name}={changed}`: {_kept(other)}"
     rule = rule_for(plain)
     if rule.evaluation:
         yield f"`pull(evaluation=True)` gives `{rule.evaluation}`."

@@ -53,9 +53,10 @@ class Comments:
 def pages() -> dict[str, str]:
     """A page for each file, the service's first."""
     files = _files()
-    homes = {
-        f".{file.package}.{each.name}": _uri(file) for file in files for each in (*file.message_type, *file.enum_type)
-    }
+    homes: dict[str, str] = {}
+    for file in files:
+        names = (*(each.name for each in file.message_type), *(each.name for each in file.enum_type))
+        homes |= {f".{file.package}.{name}": _uri(file) for name in names}
     return {f"{FOLDER}/{_uri(file)}": "\n\n".join(_page(file, homes)) + "\n" for file in files}
 
 
@@ -159,4 +160,4 @@ def _kind(field: FieldDescriptorProto, homes: dict[str, str]) -> str:
 
 def _type(name: str, homes: dict[str, str]) -> str:
     short = name.rpartition(".")[2]
-    return f"[{short}]({homes[name]}#{short.lower()})" if name in homes else f"`{name.removeprefix('.')}`"
+    return f"[{short}]({homes[name]}#{short.lower()})" if name in homes else f"`{short}`"
