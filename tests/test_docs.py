@@ -32,12 +32,10 @@ NOT_RUN = {
     "python -m benchmarks": "measures, and needs a machine for itself",
 }  # commands by how they begin
 STAND_INS = {
-    "s3://bucket/run": "file:///{}/store",  # there is no object store here
+    "s3://bucket/run": "file://{}/store",  # there is no object store here
     "12000": "1",  # nor the time for so many updates
 }
-MODULE = (
-    "my_rule"  # a page shows the class of examples/my_rule.py: in another module it would be a second rule of that name
-)
+MODULE = "my_rule"  # a page shows the class of examples/my_rule.py, which elsewhere would be a second rule of its name
 PATIENCE = 20.0  # seconds until servers have found each other
 
 
@@ -52,7 +50,7 @@ class Hosts:
     def python(self, code: str) -> None:
         """Run a block after those before it."""
         os.chdir(self._home("localhost"))
-        exec(ADDRESS.sub(lambda found: self._address(found[1]), code), self._namespace)
+        exec(self._connected(code), self._namespace)
 
     def console(self, block: str) -> None:
         """Run the commands of a block; what they print is not compared."""
@@ -78,7 +76,7 @@ class Hosts:
             command.pop(place - 1)
         os.chdir(self._home(host))
         if command[1] == "serve":
-            arguments = [ADDRESS.sub(lambda found: self._address(found[1]), each) for each in command[2:]]
+            arguments = [self._connected(each) for each in command[2:]]
             self._stop(host)
             stack = ExitStack()
             server = stack.enter_context(
@@ -87,8 +85,7 @@ class Hosts:
             stack.callback(server.stop)
             self._servers[host] = server.address, stack
         else:
-            arguments = [ADDRESS.sub(lambda found: self._address(found[1]), each) for each in command[1:]]
-            self._ask(arguments)
+            self._ask([self._connected(each) for each in command[1:]])
 
     def _ask(self, arguments: list[str]) -> None:
         """Run a command in this process, until it has come to a good end."""
@@ -99,6 +96,10 @@ class Hosts:
                 return
             assert time.monotonic() < end, f"{arguments}: {result.output} {result.exception}"
             time.sleep(0.1)
+
+    def _connected(self, text: str) -> str:
+        """A text with the addresses that there are."""
+        return ADDRESS.sub(lambda found: self._address(found[1]), text)
 
     def _address(self, host: str) -> str:
         """Where a host's server listens; if none was started, one starts in this process."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from optserve._errors import InvalidPolicy
 
-__all__ = ["DelayCompensation", "DivideLearningRate", "GapAware", "Polynomial", "Reject"]
+__all__ = ["DelayCompensation", "DivideLearningRate", "GapAware", "Polynomial", "Reject", "Staleness"]
 
 MOST_UPDATES = (1 << 53) - 1
 
