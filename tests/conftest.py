@@ -29,7 +29,8 @@ COMPILING = (
 )
 LONG = (
     *("test_command_line", "test_standby", "test_large", "test_server", "test_history", "test_demo", "test_store"),
-    *("test_examples", "test_failpoints", "test_overload", "test_own_rules", "test_torture", "test_wrong_storage"),
+    *("test_examples", "test_docs", "test_failpoints", "test_overload", "test_own_rules", "test_torture"),
+    "test_wrong_storage",
 )
 
 
