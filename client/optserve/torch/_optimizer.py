@@ -1,7 +1,10 @@
 """A `torch.optim.Optimizer` whose state and arithmetic are a server's."""
 
+import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, overload
 
@@ -9,15 +12,18 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from optserve._client import Client
-from optserve._errors import FailedPrecondition, TensorMismatch
-from optserve._parameter_set import ParameterSet
+from optserve._errors import FailedPrecondition, InvalidTransform, TensorMismatch
+from optserve._parameter_set import Changes, ParameterSet
 from optserve._results import GroupDescription, Parameters, Receipt
 from optserve._rows import RowSparse
 from optserve._specification import TensorSpec
 from optserve._state import State
+from optserve._transforms import PLAIN, ClipGlobalNorm
 from optserve.interop import torch as interop
+from optserve.interop._building import Array
 from optserve.interop.torch import as_array
 from optserve.optim import Optimizer
+from optserve.torch._awaited import Arrival
 from optserve.torch._groups import (
     creation_groups,
     group_names,
@@ -26,7 +32,10 @@ from optserve.torch._groups import (
     of_default,
     torch_defaults,
 )
+from optserve.torch._hooks import GradientHooks
 from optserve.torch._tensors import as_gradient, assign
+
+WORTH_AWAITING = 1 << 20  # bytes of parameters: below, a thread costs more than it saves
 
 
 class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any to who has not installed it
@@ -54,16 +63,22 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         optimizer: Optimizer,
         *,
         client_id: str | None = None,
+        overlap: bool = True,
+        max_norm: float | None = None,
         **creation: Any,
     ) -> None:
         self._weights: ParameterSet | None = None
+        self._overlap = overlap
+        self._hooks: GradientHooks | None = None
+        self._arrival: Arrival | None = None  # of the last step's parameters
+        self._order: list[str] | None = None  # in which forward uses them, once that is known
         self._sent: dict[str, dict[str, Any]] = {}  # by group and name
         self._receipt: Receipt | None = None
         self._optimizer = optimizer
         super().__init__(params, torch_defaults(optimizer))
         self._id = id
         self._client_id = client_id or (f"rank-{os.environ['RANK']}" if "RANK" in os.environ else None)
-        self._creation = creation
+        self._creation = creation if max_norm is None else _clipping(max_norm, **creation)
         self._client = server if isinstance(server, Client) else Client(server)
         self._owns_client = self._client is not server
         try:
@@ -76,7 +91,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
                     groups=creation_groups(self.param_groups, self._names, optimizer),
                     exist_ok=True,
                     client_id=self._client_id,
-                    **creation,
+                    **self._creation,
                 )
             )
         except BaseException:
@@ -116,20 +131,29 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = {
-            name: as_gradient(tensor.grad) for name, tensor in self._tensors.items() if tensor.grad is not None
-        }
+        self._end_arrival()
+        gradients = {name: tensor.grad for name, tensor in self._tensors.items() if tensor.grad is not None}
         if gradients:
             changes = self._changes()
-            pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
+            pushed = self._hooks.pushed(gradients) if self._hooks is not None else {}
+            pushed = pushed or {name: as_gradient(gradient) for name, gradient in gradients.items()}
+            self._receipt = self._exchange(pushed, changes)
             for group, values in changes.items():
                 self._sent[group].update(values)
-            self._receipt = pulled.receipt
-            self._take(pulled)
         return loss
+
+    def no_push(self) -> AbstractContextManager[None]:
+        """Backward passes in this context only accumulate: their gradients are not sent ahead, as a later one adds to them."""
+        return self._hooks.paused() if self._hooks is not None else nullcontext()
+
+    def wait(self) -> None:
+        """Wait until all parameters of the last step are there, for who reads them past torch; raises what keeps them away."""
+        if self._arrival is not None:
+            self._arrival.wait()
 
     def pull(self) -> None:
         """Let the parameters be what the server has, without a push."""
+        self._end_arrival()
         self._take(self.weights.pull())
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +194,9 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def close(self) -> None:
         """End the connection, if the optimizer has made it."""
+        self._end_arrival()
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._weights is not None:
             self._weights.close()
         if self._owns_client:
@@ -217,7 +244,13 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def _attach(self, weights: ParameterSet) -> None:
         """Take over a set: what its groups have is known to be sent."""
-        self._weights, self._receipt = weights, None
+        self._end_arrival()
+        self._weights, self._receipt, self._order = weights, None, None
+        if self._hooks is not None:
+            self._hooks.remove()
+        if self._overlap:
+            stage = weights.stage
+            self._hooks = GradientHooks(self._tensors, lambda gradients, expected: stage(gradients, expected=expected))
         description = weights.describe()
         self._sent = {
             group.name: {
@@ -237,6 +270,34 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
                 changes[name] = changed
         return changes
 
+    def _exchange(self, gradients: Mapping[str, Array | RowSparse], changes: Changes) -> Receipt | None:
+        """Push and pull; parameters that are worth it come back while the script goes on."""
+        tensors = self._tensors
+        awaitable = all(type(tensor) is torch.nn.Parameter for tensor in tensors.values())
+        if not (self._overlap and awaitable and sum(map(_nbytes, tensors.values())) >= WORTH_AWAITING):
+            pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
+            self._take(pulled)
+            return pulled.receipt
+        self._arrival = arrival = Arrival(tensors, self._order or tensors, learns=self._order is None)
+        step = functools.partial(
+            self.weights.step,
+            gradients,
+            hyperparameters=changes,
+            tensors=arrival.order,
+            copy=False,
+            listener=arrival,
+        )
+        threading.Thread(target=_arrive, args=(arrival, step), name="optserve-arrival", daemon=True).start()
+        return arrival.receipt()
+
+    def _end_arrival(self) -> None:
+        """Let the last step end, and parameters be ordinary ones again; remember in which order they were used."""
+        if self._arrival is not None:
+            self._arrival.forget()
+            if self._arrival.learns and self._arrival.used:
+                self._order = list(dict.fromkeys([*self._arrival.used, *self._arrival.order]))
+            self._arrival = None
+
     def _take(self, pulled: Parameters) -> None:
         tensors = self._tensors
         for name, array in pulled.items():
@@ -244,7 +305,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
                 raise TensorMismatch(
                     f"expected a set of this optimizer's {len(tensors)} parameters; {name!r} is not one of them"
                 )
-            assign(tensors[name], array)
+            assign(tensors[name].detach(), array)
+            torch.autograd.graph.increment_version(tensors[name])
 
     def _packed_groups(self) -> list[dict[str, Any]]:
         """The parameter groups as in a state_dict, with numbers in the place of parameters, without what is a scheduler's."""
@@ -254,3 +316,28 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             count += len(numbers)
             packed.append({**hyperparameters_of(group, self._optimizer), "name": name, "params": numbers})
         return packed
+
+
+def _arrive(arrival: Arrival, step: Callable[[], Parameters]) -> None:
+    """Make a step, and let its parameters be taken over one after the other."""
+    try:
+        for name, array in step().items():
+            arrival.arrived(name, array)
+    except BaseException as error:  # for whoever waits
+        arrival.finish(error)
+    else:
+        arrival.finish()
+
+
+def _clipping(max_norm: float, **creation: Any) -> dict[str, Any]:
+    """What a set is created with that clips gradients by their norm."""
+    transforms = creation.get("transforms", PLAIN)
+    if transforms.clip is not None:
+        raise InvalidTransform(
+            f"expected either max_norm or transforms that clip; got {max_norm:g} and {transforms.clip}"
+        )
+    return {**creation, "transforms": replace(transforms, clip=ClipGlobalNorm(max_norm))}
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return int(tensor.numel() * tensor.element_size())

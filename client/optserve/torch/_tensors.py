@@ -1,5 +1,7 @@
 """Gradients as what a push takes, and parameters back."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from optserve.interop.torch import as_array
 def as_gradient(gradient: torch.Tensor) -> Array | RowSparse:
     """A gradient as a push takes it: that of an embedding with `sparse=True` as some of its rows. Raises InvalidTensor."""
     if gradient.layout != torch.sparse_coo:
-        return as_array(gradient)
+        return _contiguous(gradient)
     if gradient.sparse_dim() != 1:
         raise InvalidTensor(
             f"expected a sparse gradient that has whole rows, as an embedding's; got one with {gradient.sparse_dim()} "
@@ -22,13 +24,43 @@ def as_gradient(gradient: torch.Tensor) -> Array | RowSparse:
     return RowSparse(as_array(gradient.indices()[0]), as_array(gradient.values()))
 
 
+def _contiguous(gradient: torch.Tensor) -> Array:
+    return np.ascontiguousarray(as_array(gradient)).reshape(gradient.shape)
+
+
+class HostCopies:
+    """Gradients in the host's memory: their own, or pinned copies, which are made beside what a GPU computes."""
+
+    def __init__(self) -> None:
+        self._pinned: dict[str, torch.Tensor] = {}
+        self._streams: dict[torch.device, Any] = {}
+
+    def begin(self, name: str, gradient: torch.Tensor) -> Array:
+        """A dense gradient as a C-contiguous array; of one on a GPU, its elements are there after `wait`."""
+        if gradient.device.type != "cuda":
+            return _contiguous(gradient)
+        if name not in self._pinned:
+            self._pinned[name] = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
+        if gradient.device not in self._streams:
+            self._streams[gradient.device] = torch.cuda.Stream(gradient.device)
+        stream = self._streams[gradient.device]
+        stream.wait_stream(torch.cuda.current_stream(gradient.device))
+        with torch.cuda.stream(stream):
+            self._pinned[name].copy_(gradient, non_blocking=True)
+        gradient.record_stream(stream)
+        return as_array(self._pinned[name])
+
+    def wait(self) -> None:
+        """Wait for the copies that have begun."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
 def assign(tensor: torch.Tensor, array: Array) -> None:
-    """Let a tensor have the values of an array, and autograd know that it changed."""
+    """Let a tensor that autograd does not follow have the values of an array."""
     if tensor.device.type == "cpu":
         np.copyto(as_array(tensor), array)
-        torch.autograd.graph.increment_version(tensor)
     else:
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         np.copyto(as_array(staged), array)
-        with torch.no_grad():
-            tensor.copy_(staged, non_blocking=True)
+        tensor.copy_(staged, non_blocking=True)

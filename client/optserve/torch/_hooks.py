@@ -1,0 +1,124 @@
+"""Gradients that are sent while backward is still computing others."""
+
+import functools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from optserve._rows import RowSparse
+from optserve.interop._building import Array
+from optserve.torch._tensors import HostCopies, as_gradient
+
+BUCKET = 4 << 20  # bytes of gradients that are sent together
+
+Stage = Callable[[Mapping[str, Array], Sequence[str]], None]
+
+
+class Taken(NamedTuple):
+    """A gradient as it was when it was staged, and what was sent of it."""
+
+    gradient: torch.Tensor
+    version: int
+    array: Array
+
+    def is_still(self, gradient: torch.Tensor) -> bool:
+        """Whether this is that gradient, and nothing has written to it since that torch knows of."""
+        return self.gradient is gradient and self.version == gradient._version
+
+
+class GradientHooks:
+    """Stages each gradient once backward has accumulated it, in buckets, which fill in the reverse order of use.
+
+    What a step will have is taken to be what the step before had, from as many backward passes. Autograd calls from a thread of
+    each device.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], stage: Stage) -> None:
+        self._stage = stage
+        self._lock = threading.Lock()
+        self._paused = False
+        self._expected: list[str] = []
+        self._passes = 1
+        self._counts: Counter[str] = Counter()
+        self._bucket: dict[str, Array] = {}
+        self._copies = HostCopies()
+        self._taken: dict[str, Taken] = {}
+        accumulated = weakref.WeakMethod(self._accumulated)
+        self._handles = [
+            tensor.register_post_accumulate_grad_hook(functools.partial(_call, accumulated, name))
+            for name, tensor in tensors.items()
+            if tensor.requires_grad
+        ]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Send nothing ahead that is accumulated meanwhile."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def pushed(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, Array | RowSparse]:
+        """What a step pushes of these gradients; those that were staged, and have changed since, are staged again."""
+        with self._lock:
+            self._send()
+            pushed: dict[str, Array | RowSparse] = {}
+            changed: dict[str, Array] = {}
+            for name, gradient in gradients.items():
+                taken = self._taken.get(name)
+                if taken is not None and taken.is_still(gradient):
+                    pushed[name] = taken.array
+                    continue
+                array = pushed[name] = as_gradient(gradient)
+                if taken is not None and not isinstance(array, RowSparse):
+                    changed[name] = array
+            if changed:
+                self._stage(changed, self._expected)
+            self._expect(pushed)
+            return pushed
+
+    def remove(self) -> None:
+        """Call nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _accumulated(self, name: str, tensor: torch.Tensor) -> None:
+        with self._lock:
+            if self._paused:
+                return
+            self._counts[name] += 1
+            gradient = tensor.grad
+            if name not in self._expected or self._counts[name] < self._passes or gradient is None:
+                return
+            if gradient.layout != torch.strided:
+                return
+            array = self._copies.begin(name, gradient)
+            self._bucket[name] = array
+            self._taken[name] = Taken(gradient, gradient._version, array)
+            if sum(each.nbytes for each in self._bucket.values()) >= BUCKET:
+                self._send()
+
+    def _send(self) -> None:
+        if self._bucket:
+            self._copies.wait()
+            self._stage(self._bucket, self._expected)
+            self._bucket = {}
+
+    def _expect(self, pushed: Mapping[str, Array | RowSparse]) -> None:
+        """The next step will be as this one; unless it has gradients of some rows, which are others every time."""
+        sparse = any(isinstance(array, RowSparse) for array in pushed.values())
+        self._expected = [] if sparse else list(pushed)
+        self._passes = max(self._counts.values(), default=1)
+        self._counts.clear()
+        self._taken.clear()
+
+
+def _call(accumulated: "weakref.WeakMethod[Any]", name: str, tensor: torch.Tensor) -> None:
+    if (method := accumulated()) is not None:  # the optimizer is still there
+        method(name, tensor)
