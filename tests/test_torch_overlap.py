@@ -1,0 +1,437 @@
+"""`RemoteOptimizer` with overlap: the same bits as without, in whatever way a script uses gradients and parameters."""
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.models import Convolutions, Transformer, backward, made
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import optserve
+from optserve import optim
+from optserve.torch import RemoteOptimizer, _awaited, _hooks, _optimizer
+from optserve_server import Server
+from proxy import Proxy
+
+NewId = Callable[[], str]
+Loop = Callable[[nn.Module, torch.optim.Optimizer], None]
+
+ADAM = optim.AdamW(lr=1e-2)
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models in these tests overlap as large ones do."""
+    monkeypatch.setattr(_hooks, "BUCKET", 1 << 10)
+    monkeypatch.setattr(_optimizer, "WORTH_AWAITING", 0)
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the gradients that were staged."""
+    names: list[str] = []
+    stage = optserve.ParameterSet.stage
+
+    def noted(self: optserve.ParameterSet, gradients: Any, *, expected: Any) -> None:
+        names.extend(gradients)
+        stage(self, gradients, expected=expected)
+
+    monkeypatch.setattr(optserve.ParameterSet, "stage", noted)
+    return names
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+
+def clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+
+def in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        backward(model, step)
+        optimizer.step()
+
+
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for micro in range(1 + step % 3):
+            backward(model, 10 * step + micro)
+        optimizer.step()
+
+
+def with_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)  # after gradients were sent
+        optimizer.step()
+
+
+def partial(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        for number, tensor in enumerate(model.parameters()):
+            if number % 3 == step % 3:
+                tensor.grad = None if step % 2 else torch.ones_like(tensor)
+        optimizer.step()
+
+
+def skipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As a GradScaler does that finds infinity: some steps are not made."""
+    for step in range(2 * STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        if step % 3:
+            optimizer.step()
+
+
+def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> float:
+            optimizer.zero_grad()
+            return backward(model, step)
+
+        optimizer.step(closure)
+
+
+def frozen_in_the_middle(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    first = next(model.parameters())
+    for step in range(STEPS):
+        first.requires_grad_(step not in (2, 3))
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+
+LOOPS = [plain, clipped, in_place, accumulated, with_rates, partial, skipped, with_closure, frozen_in_the_middle]
+
+
+@pytest.mark.parametrize("kind", [Convolutions, Transformer])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_parameters_are_the_same_bits(
+    loop: Loop, kind: type[nn.Module], client: optserve.Client, new_id: NewId, staged: list[str]
+) -> None:
+    models = [made(kind), made(kind)]
+    for model, overlap in zip(models, (True, False), strict=True):
+        staged.clear()
+        optimizer = RemoteOptimizer(model.named_parameters(), client, new_id(), ADAM, overlap=overlap)
+        loop(model, optimizer)
+        assert bool(staged) is overlap
+        optimizer.close()
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        assert type(one) is nn.Parameter
+        assert torch.equal(one, two)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return made(Convolutions)
+
+
+@pytest.fixture
+def optimizer(
+    model: nn.Module, tcp_client: optserve.Client, new_id: NewId, staged: list[str]
+) -> Iterator[RemoteOptimizer]:
+    optimizer = RemoteOptimizer(model.named_parameters(), tcp_client, new_id(), ADAM)
+    yield optimizer
+    optimizer.close()
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """Of the tensors that get gradients."""
+    return [name for name, _ in model.named_parameters() if "unused" not in name]
+
+
+def test_gradients_go_while_backward_runs_in_the_reverse_order_of_use(
+    model: nn.Module, optimizer: RemoteOptimizer, staged: list[str]
+) -> None:
+    plain(model, optimizer)
+    assert len(staged) == (STEPS - 1) * len(names_of(model))  # nothing is known of the first step
+    assert staged[: len(names_of(model))] != names_of(model)
+    staged.clear()
+    optimizer.zero_grad()
+    backward(model, 0)
+    ahead = list(staged)
+    optimizer.step()
+    assert ahead == staged[: len(ahead)]
+    assert len(ahead) >= len(names_of(model)) - 2  # but the last bucket's
+
+
+def test_what_was_changed_after_backward_is_sent_again(
+    model: nn.Module, optimizer: RemoteOptimizer, staged: list[str]
+) -> None:
+    clipped(model, optimizer)
+    assert len(staged) == 2 * (STEPS - 1) * len(names_of(model))
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_what_only_accumulates_is_not_sent(
+    says: bool, model: nn.Module, optimizer: RemoteOptimizer, staged: list[str]
+) -> None:
+    """If the script says so; and if it does not, once a step has been seen."""
+    for step in range(STEPS):
+        staged.clear()
+        optimizer.zero_grad()
+        for micro in range(2):
+            with optimizer.no_push() if says else torch.enable_grad():
+                backward(model, 10 * step + micro)
+        backward(model, 10 * step + 2)
+        optimizer.step()
+        assert sorted(staged) == sorted(names_of(model) * bool(step))
+
+
+def test_the_norm_is_clipped_by_the_server(memory_client: optserve.Client, new_id: NewId, staged: list[str]) -> None:
+    models = [made(Convolutions), made(Convolutions)]
+    clipped(models[0], torch.optim.AdamW(models[0].parameters(), lr=1e-2))
+    clipping = RemoteOptimizer(models[1].named_parameters(), memory_client, new_id(), ADAM, max_norm=0.1)
+    plain(models[1], clipping)
+    assert len(staged) == (STEPS - 1) * len(names_of(models[1]))
+    clipping.wait()
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-8)
+    with pytest.raises(optserve.InvalidTransform, match="either max_norm or transforms that clip"):
+        RemoteOptimizer(
+            models[1].named_parameters(),
+            memory_client,
+            new_id(),
+            ADAM,
+            max_norm=0.1,
+            transforms=optserve.Transforms(clip=optserve.ClipValue(1.0)),
+        )
+
+
+def test_a_refused_push_is_refused_by_step_and_leaves_everything(model: nn.Module, optimizer: RemoteOptimizer) -> None:
+    plain(model, optimizer)
+    optimizer.zero_grad()
+    backward(model, 0)
+    before = [tensor.detach().clone() for tensor in model.parameters()]
+    next(model.parameters()).grad.fill_(torch.nan)
+    with pytest.raises(optserve.NonFiniteValue):
+        optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    plain(model, optimizer)
+
+
+def test_an_optimizer_that_is_gone_sends_nothing(
+    model: nn.Module, tcp_client: optserve.Client, new_id: NewId, staged: list[str]
+) -> None:
+    def use() -> None:
+        plain(model, RemoteOptimizer(model.named_parameters(), tcp_client, new_id(), ADAM))
+
+    use()
+    gc.collect()
+    staged.clear()
+    backward(model, 0)
+    assert not staged
+
+
+def test_parameters_are_asked_for_in_the_order_of_their_use(
+    memory_client: optserve.Client, new_id: NewId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 1), nn.Linear(4, 4)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(inputs))  # type: ignore[no-any-return]
+
+    asked: list[list[str]] = []
+    step = optserve.ParameterSet.step
+
+    def noted(self: optserve.ParameterSet, gradients: Any, **options: Any) -> optserve.Parameters:
+        asked.append(options["tensors"])
+        return step(self, gradients, **options)
+
+    monkeypatch.setattr(optserve.ParameterSet, "step", noted)
+    model = Backwards()
+    optimizer = RemoteOptimizer(model.named_parameters(), memory_client, new_id(), ADAM)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    assert asked[0] == ["last.weight", "last.bias", "first.weight", "first.bias"]
+    assert asked[1] == asked[2] == ["first.weight", "first.bias", "last.weight", "last.bias"]
+
+
+class TestAwaited:
+    """Parameters of which the elements come when somebody waits for them, and not before: reads the old ones who does not."""
+
+    @pytest.fixture
+    def weight(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Parameter]:
+        weight = nn.Parameter(torch.zeros(3))
+        arrival = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
+        wait = _awaited.Arrival.wait
+
+        def come(self: _awaited.Arrival, *names: str) -> None:
+            self.arrived("weight", np.ones(3, np.float32))
+            wait(self, *names)
+
+        monkeypatch.setattr(_awaited.Arrival, "wait", come)
+        assert isinstance(weight, nn.Parameter)
+        yield weight
+        arrival.finish()
+
+    READS: dict[str, Callable[[Any], Any]] = {  # noqa: RUF012
+        "sum": lambda weight: weight.sum() / 3,
+        "operator": lambda weight: (weight * 1)[0],
+        "reflected operator": lambda weight: (torch.ones(3) * weight)[0],
+        "comparison": lambda weight: (weight == 1)[0],
+        "index": lambda weight: weight[0],
+        "item": lambda weight: weight[0].item(),
+        "list": lambda weight: weight.tolist()[0],
+        "data": lambda weight: weight.data[0],
+        "detach": lambda weight: weight.detach()[0],
+        "array": lambda weight: weight.detach().numpy()[0],
+        "NumPy": lambda weight: np.asarray(weight.data)[0],
+        "function": lambda weight: torch.nn.functional.linear(torch.ones(1, 3), weight.reshape(1, 3))[0, 0] / 3,
+        "list of tensors": lambda weight: torch.stack([weight, weight])[0, 0],
+        "foreach": lambda weight: torch._foreach_mul([weight], 1.0)[0][0],
+        "written to": lambda weight: torch.zeros(3).copy_(weight)[0],
+        "keyword": lambda weight: torch.sum(input=weight) / 3,
+        "parameters to a vector": lambda weight: torch.nn.utils.parameters_to_vector([weight])[0],
+        "clone": lambda weight: weight.clone()[0],
+        "copy": lambda weight: copy.copy(weight)[0],
+        "deep copy": lambda weight: copy.deepcopy(weight)[0],
+        "pickle": lambda weight: pickle.loads(pickle.dumps(weight))[0],
+        "text": lambda weight: float(str(weight).split("tensor([")[1].split(",")[0].rstrip(".")),
+        "moved": lambda weight: weight.to(torch.float64)[0],
+        "memory": lambda weight: np.ctypeslib.as_array(
+            (np.ctypeslib.ctypes.c_float * 3).from_address(weight.data_ptr())
+        )[0],
+        "state_dict": lambda weight: nn.ParameterDict({"weight": weight}).state_dict()["weight"][0],
+    }
+
+    @pytest.mark.parametrize("way", READS)
+    def test_who_reads_waits(self, way: str, weight: nn.Parameter) -> None:
+        assert self.READS[way](weight) == 1
+        assert type(weight) is nn.Parameter
+
+    def test_file(self, weight: nn.Parameter, tmp_path: Path) -> None:
+        torch.save({"weight": weight}, tmp_path / "saved")
+        loaded = torch.load(tmp_path / "saved", weights_only=True)["weight"]
+        assert type(loaded) is nn.Parameter
+        assert loaded[0] == 1
+
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda weight: weight.shape,
+            lambda weight: weight.grad,
+            lambda weight: setattr(weight, "grad", torch.ones(3)),
+            lambda weight: torch.optim.SGD([weight]).zero_grad(),
+            lambda weight: weight.requires_grad_ is not None and weight.requires_grad,
+            lambda weight: (weight.dtype, weight.device, weight.is_leaf, weight.numel(), weight.dim(), weight.ndim),
+            lambda weight: hash(weight),
+            lambda weight: weight.register_hook(print).remove(),
+            lambda weight: weight.register_post_accumulate_grad_hook(print).remove(),
+        ],
+    )
+    def test_who_asks_for_something_else_does_not(self, ask: Callable[[Any], Any], weight: nn.Parameter) -> None:
+        ask(weight)
+        assert isinstance(weight, _awaited.Awaited)
+
+    def test_who_writes_waits_so_that_what_is_written_stays(self, weight: nn.Parameter) -> None:
+        with torch.no_grad():
+            weight.fill_(5.0)
+        assert weight.tolist() == [5.0] * 3
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled(self, backend: str, weight: nn.Parameter) -> None:
+        def double(inputs: torch.Tensor) -> torch.Tensor:
+            return inputs * weight
+
+        compiled = torch.compile(double, backend=backend)
+        assert compiled(torch.ones(3)).tolist() == [1.0] * 3
+
+    def test_who_used_one_before_hears_that_it_changed(self, weight: nn.Parameter) -> None:
+        square = weight.square().sum()  # which needs it for its gradient
+        _awaited.Arrival({"weight": weight}, ["weight"], learns=False).arrived("weight", np.zeros(3, np.float32))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+    def test_what_can_not_come_is_an_error_for_who_reads_it_until_it_is_pulled(self) -> None:
+        weight, bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        arrival = _awaited.Arrival({"weight": weight, "bias": bias}, ["weight", "bias"], learns=False)
+        arrival.decided(None)  # type: ignore[arg-type]
+        arrival._receipt = object()  # type: ignore[assignment]
+        arrival.arrived("bias", np.ones(3, np.float32))
+        arrival.finish(optserve.DeadlineExceeded("too late"))
+        assert bias.tolist() == [1.0] * 3
+        for _ in range(2):
+            with pytest.raises(optserve.DeadlineExceeded, match="too late"):
+                weight.sum()
+        with pytest.raises(optserve.DeadlineExceeded):
+            arrival.wait()
+        arrival.forget()
+        assert weight.tolist() == [0.0] * 3
+
+
+def test_a_connection_that_ends_after_the_receipt_is_made_again(
+    server: Server, new_id: NewId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is over by then; who reads the parameters gets them."""
+    with Proxy(server.address) as proxy, optserve.Client(proxy.address, transport="stream") as client:
+        decided = _awaited.Arrival.decided
+        model, twin = made(Convolutions), made(Convolutions)
+        optimizer = RemoteOptimizer(model.named_parameters(), client, new_id(), ADAM)
+
+        def cut(self: _awaited.Arrival, receipt: optserve.Receipt) -> None:
+            proxy.cut()
+            decided(self, receipt)
+
+        monkeypatch.setattr(_awaited.Arrival, "decided", cut)
+        plain(model, optimizer)
+        optimizer.close()
+        plain(twin, RemoteOptimizer(twin.named_parameters(), client, new_id(), ADAM, overlap=False))
+        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), twin.parameters(), strict=True))
+        assert proxy.connections > STEPS
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*fork:RuntimeWarning")
+def test_a_process_forked_right_after_a_step_has_its_parameters(model: nn.Module, optimizer: RemoteOptimizer) -> None:
+    plain(model, optimizer)
+
+    def sums(_: Any) -> torch.Tensor:
+        return torch.stack([tensor.detach().sum() for tensor in model.parameters()])
+
+    (forked,) = DataLoader(TensorDataset(torch.ones(1)), num_workers=1, multiprocessing_context="fork", collate_fn=sums)
+    torch.testing.assert_close(forked, sums(None), rtol=0, atol=0)
+
+
+def test_threads_read_parameters_as_they_come(model: nn.Module, optimizer: RemoteOptimizer) -> None:
+    """As evaluation beside training does."""
+    plain(model, optimizer)
+    seen: list[bool] = []
+
+    def read() -> None:
+        seen.append(all(bool(torch.isfinite(tensor).all()) for tensor in model.parameters()))
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert seen == [True] * 4
