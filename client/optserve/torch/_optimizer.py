@@ -1,6 +1,7 @@
 """A `torch.optim.Optimizer` whose state and arithmetic are a server's."""
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -9,7 +10,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from optserve._client import Client
-from optserve._errors import FailedPrecondition, TensorMismatch
+from optserve._errors import FailedPrecondition, OptserveError, TensorMismatch
 from optserve._parameter_set import ParameterSet
 from optserve._results import GroupDescription, Parameters, Receipt
 from optserve._rows import RowSparse
@@ -18,6 +19,7 @@ from optserve._state import State
 from optserve.interop import torch as interop
 from optserve.interop.torch import as_array
 from optserve.optim import Optimizer
+from optserve.schedules import Schedule
 from optserve.torch._groups import (
     creation_groups,
     group_names,
@@ -26,7 +28,11 @@ from optserve.torch._groups import (
     of_default,
     torch_defaults,
 )
+from optserve.torch._ranks import of_all_ranks, own_rank
 from optserve.torch._tensors import as_gradient, assign
+
+MARK = "mark"  # in a state_dict: which one it is
+HANDLE = ("push_format", "pull_format", "replay_window_bytes")  # options of a worker's handle, not of the set
 
 
 class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any to who has not installed it
@@ -56,6 +62,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     ) -> None:
         self._weights: ParameterSet | None = None
         self._sent: dict[str, dict[str, Any]] = {}  # by group and name
+        self._schedules: dict[str, Mapping[str, Schedule]] = {}  # the set's own, by group and name
+        self._mark: str | None = None  # of the last state_dict, if no step has been made since
         self._receipt: Receipt | None = None
         self._optimizer = optimizer
         super().__init__(params, torch_defaults(optimizer))
@@ -113,6 +121,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             name: as_gradient(tensor.grad) for name, tensor in self._tensors.items() if tensor.grad is not None
         }
         if gradients:
+            self._mark = None
             changes = self._changes()
             pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
             for group, values in changes.items():
@@ -130,22 +139,27 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         kept = interop.state_dict(self.weights.state(), *self._names)["state"]
         tensors = list(self._tensors.values())
         self.state.update({tensors[index]: values for index, values in kept.items()})
+        self._mark = secrets.token_hex(8)
         try:
-            return dict(super().state_dict())
+            return {**super().state_dict(), MARK: self._mark}
         finally:
             self.state.clear()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
 
-        Other workers of the set are to attach again. Raises InvalidState, and then nothing has changed.
+        What this one gave after its last step is there already, so that nothing is done. With `torch.distributed`, all ranks
+        are to load, and one of them makes the set; other workers are to attach again. Raises InvalidState, and then nothing has
+        changed.
         """
         super().load_state_dict({**state_dict, "state": {}})
+        if all(of_all_ranks(self._mark is not None and self._mark == state_dict.get(MARK))):
+            return  # accelerate gives an optimizer its own state: workers that train by now are not to lose their set
         parameters = self._tensors
         state = interop.from_state_dict(
             {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
         )
-        self._recreate(state)
+        self._recreate(replace(state, groups=tuple(map(self._scheduled, state.groups))))
 
     def close(self) -> None:
         """End the connection, if the optimizer has made it."""
@@ -155,7 +169,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             self._client.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; once there is a set, it is made anew with more tensors, so that other workers are to attach again."""
+        """As in torch; once there is a set, it is made anew with more tensors, as by `load_state_dict`."""
         super().add_param_group(param_group)
         if self._weights is None:
             return
@@ -190,13 +204,37 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         }
 
     def _recreate(self, state: State) -> None:
-        self.weights.delete()
-        self._attach(self._client.create_parameter_set(self._id, state, client_id=self._client_id, **self._creation))
+        """Make the set anew; of ranks that have the same one, the first makes it for all."""
+        incarnations = of_all_ranks(self.weights.describe().position.incarnation)
+        first, failure = incarnations.index(incarnations[own_rank()]), None
+        if first == own_rank():
+            try:
+                self.weights.delete()
+                created = self._client.create_parameter_set(
+                    self._id, state, client_id=self._client_id, **self._creation
+                )
+            except OptserveError as error:
+                failure = error
+        failures = of_all_ranks(str(failure or ""))
+        if failure is not None:
+            raise failure
+        if failures[first]:
+            raise FailedPrecondition(f"expected rank {first} to make the set anew; there, {failures[first]}")
+        if first != own_rank():
+            self.weights.close()
+            options = {name: value for name, value in self._creation.items() if name in HANDLE}
+            created = self._client.parameter_set(self._id, client_id=self._client_id, **options)
+        self._attach(created)
+
+    def _scheduled(self, group: GroupDescription) -> GroupDescription:
+        """The group with the schedules that it follows on the server."""
+        return replace(group, optimizer=group.optimizer.replace(**self._schedules.get(group.name, {})))
 
     def _attach(self, weights: ParameterSet) -> None:
         """Take over a set: what its groups have is known to be sent."""
         self._weights, self._receipt = weights, None
         description = weights.describe()
+        self._schedules = {group.name: group.schedules for group in description.groups}
         self._sent = {
             group.name: {
                 name: value for name, value in group.optimizer.hyperparameters.items() if name not in group.schedules
