@@ -44,6 +44,13 @@ def farthest(model: Any, other: Any) -> float:
     return max(float(np.abs(np.asarray(one) - np.asarray(two)).max()) for one, two in pairs)
 
 
+def assert_same(model: Any, optimizer: RemoteOptimizer) -> None:
+    """The model has what the set has."""
+    pulled = optimizer.weights.pull()
+    for variable in model.trainable_variables:
+        np.testing.assert_array_equal(np.asarray(variable), pulled[variable.path])
+
+
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize(
     ("rule", "theirs"),
@@ -74,11 +81,12 @@ def test_a_model_goes_on_with_what_the_set_has(memory_client: optserve.Client, n
     set_id, rule = new_id(), optim.Adam(lr=0.01)
     fitted(RemoteOptimizer(memory_client, set_id, rule))
     again = RemoteOptimizer(memory_client, set_id, rule)
-    model = fitted(again)
+    fresh = network()
+    again.build(fresh.trainable_variables)
+    assert_same(fresh, again)
+    again = RemoteOptimizer(memory_client, set_id, rule)
+    assert_same(fitted(again), again)
     assert again.weights.describe().version == 2 * STEPS
-    pulled = again.weights.pull()
-    for variable in model.trainable_variables:
-        np.testing.assert_array_equal(np.asarray(variable), pulled[variable.path])
 
 
 def test_a_schedule_of_the_set_is_left_alone(memory_client: optserve.Client, new_id: NewId) -> None:

@@ -15,7 +15,7 @@ import optserve
 import ranks
 from optimizer_table import muon_in_full_precision, torch_in_float64
 from optserve import Outcome, Sync, optim, schedules
-from optserve.torch import RemoteOptimizer
+from optserve.torch import RemoteOptimizer, _optimizer
 from optserve_server import Server
 
 NewId = Callable[[], str]
@@ -389,6 +389,16 @@ def test_ranks_that_resume_together_have_one_set_and_lose_no_update(
     torch.testing.assert_close(second, torch.full((2,), -0.02))
     assert torch.equal(first, other[0])
     assert torch.equal(second, other[1])
+
+
+def test_a_rank_hears_what_stopped_the_one_that_makes_the_set(
+    remote: Callable[..., RemoteOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = remote("SGD", made(Convolutions).named_parameters(), {"lr": 0.1})
+    monkeypatch.setattr(_optimizer, "own_rank", lambda: 1)
+    monkeypatch.setattr(_optimizer, "of_all_ranks", lambda fact: ["no room", fact] if fact == "" else [fact, fact])
+    with pytest.raises(optserve.FailedPrecondition, match="expected rank 0 to make the set anew; there, no room"):
+        optimizer.load_state_dict(local("SGD", [{"params": list(made(Convolutions).parameters())}], {}).state_dict())
 
 
 def test_what_it_gave_itself_is_there_already_when_it_is_loaded(server: Server, new_id: NewId) -> None:

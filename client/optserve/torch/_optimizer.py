@@ -17,6 +17,7 @@ from optserve._rows import RowSparse
 from optserve._specification import TensorSpec
 from optserve._state import State
 from optserve.interop import torch as interop
+from optserve.interop._building import Array
 from optserve.interop.torch import as_array
 from optserve.optim import Optimizer
 from optserve.schedules import Schedule
@@ -159,7 +160,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         state = interop.from_state_dict(
             {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
         )
-        self._recreate(replace(state, groups=tuple(map(self._scheduled, state.groups))))
+        self._recreate(lambda: replace(state, groups=tuple(map(self._scheduled, state.groups))))
 
     def close(self) -> None:
         """End the connection, if the optimizer has made it."""
@@ -173,26 +174,19 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         super().add_param_group(param_group)
         if self._weights is None:
             return
-        state, group = self._weights.state(), self.param_groups[-1]
+        known, group = self._names, self.param_groups[-1]
         try:
-            names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
-            added = dict(zip(names[-1], map(as_array, group["params"]), strict=True))
+            self._names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
+            added = dict(zip(self._names[-1], map(as_array, group["params"]), strict=True))
             description = GroupDescription(
                 group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))
             )
-            specs = {name: TensorSpec.of(name, array) for name, array in added.items()}
-            state = replace(
-                state,
-                tensors=(*state.tensors, *specs.values()),
-                groups=(*state.groups, description),
-                parameters={**state.parameters, **added},
-                steps={**state.steps, **dict.fromkeys(added, 0)},
-            )
+            specs = [TensorSpec.of(name, array) for name, array in added.items()]
+            self._recreate(lambda: _extended(self.weights.state(), description, specs, added))
         except BaseException:
+            self._names = known
             self.param_groups.pop()
             raise
-        self._names = names
-        self._recreate(state)
 
     @property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -203,12 +197,13 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             for name, tensor in zip(names, group["params"], strict=True)
         }
 
-    def _recreate(self, state: State) -> None:
-        """Make the set anew; of ranks that have the same one, the first makes it for all."""
+    def _recreate(self, made: Callable[[], State]) -> None:
+        """Make the set anew; of ranks that have the same one, the first makes it for all, when none pushes any more."""
         incarnations = of_all_ranks(self.weights.describe().position.incarnation)
         first, failure = incarnations.index(incarnations[own_rank()]), None
         if first == own_rank():
             try:
+                state = made()
                 self.weights.delete()
                 created = self._client.create_parameter_set(
                     self._id, state, client_id=self._client_id, **self._creation
@@ -270,3 +265,16 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             count += len(numbers)
             packed.append({**hyperparameters_of(group, self._optimizer), "name": name, "params": numbers})
         return packed
+
+
+def _extended(
+    state: State, group: GroupDescription, tensors: Sequence[TensorSpec], parameters: Mapping[str, Array]
+) -> State:
+    """The state with a group of tensors more, which have had no update."""
+    return replace(
+        state,
+        tensors=(*state.tensors, *tensors),
+        groups=(*state.groups, group),
+        parameters={**state.parameters, **parameters},
+        steps={**state.steps, **dict.fromkeys(parameters, 0)},
+    )
