@@ -1,14 +1,15 @@
 # Everything runs in .venv, which the first command creates. Needs Python 3.11 or newer, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test mutants torture wrong check bench format generate clean
+.PHONY: demo test mutants torture wrong check docs serve-docs bench format generate clean
 
 demo: .venv/demo  ## train on handwritten digits over gRPC, with 4 worker processes
 	$(BIN)/optserve demo
 
 test: .venv/dev  ## the whole test suite, in two processes
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 mutants: .venv/dev  ## change every expression of the rules, one at a time: do the tests see it? takes ten minutes
 	$(BIN)/python tests/mutants.py
@@ -24,11 +25,17 @@ wrong: .venv/dev  ## servers and workers that are wrong on purpose: do the check
 	$(BIN)/python -m tests.torture.wrong
 	$(BIN)/python -m tests.torture.wrong_storage
 
-check: .venv/dev  ## lint, types, generated code
+check: .venv/dev docs  ## lint, types, generated code, the documentation's site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_project.py
+
+docs: .venv/dev  ## the documentation's site, in site/; every warning is an error
+	$(MKDOCS) build --quiet --strict
+
+serve-docs: .venv/dev  ## the same on 127.0.0.1:8000, built anew when a file changes
+	$(MKDOCS) serve
 
 bench: .venv/bench  ## measure against the memory, the disk, torch, gRPC, Arrow Flight and Ray; slow links and crowds; takes over an hour and 16 GB
 	$(BIN)/python -m benchmarks
@@ -46,4 +53,4 @@ generate: .venv/dev  ## client/optserve/v1 from proto/
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

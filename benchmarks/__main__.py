@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: its idle threads spin otherwise
 
-from benchmarks import crash, crowd, durability, failover, policies, rules, staleness, wan, wire
+from benchmarks import crash, crowd, distance, durability, failover, policies, rules, staleness, wan, wire
 
 TRAINING: Mapping[str, Callable[..., None]] = {
     "wan": wan.run,
@@ -14,6 +14,7 @@ TRAINING: Mapping[str, Callable[..., None]] = {
     "staleness": staleness.run,
     "policies": policies.run,
     "crash": crash.run,
+    "distance": distance.run,
 }
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; by default everything.")

@@ -4,9 +4,12 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 import optserve
 from optserve_server import Config, Server
@@ -20,23 +23,34 @@ settings.register_profile("optserve", deadline=None)  # the first example of a t
 settings.load_profile("optserve")
 
 
-COMPILING = ("test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_interop")
+COMPILING = (
+    *("test_rules", "test_rules_everywhere", "test_coalescing", "test_torch_database", "test_torch_suite"),
+    *("test_torch_optimizer", "test_interop"),
+)
 LONG = (
     *("test_command_line", "test_standby", "test_large", "test_server", "test_history", "test_demo", "test_store"),
-    *("test_examples", "test_failpoints", "test_overload", "test_own_rules", "test_torture", "test_wrong_storage"),
+    *("test_examples", "test_docs", "test_failpoints", "test_overload", "test_own_rules", "test_torture"),
+    "test_wrong_storage",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process have all tests of a file; and those of files that need the same compiled loops, to compile them once.
+class Files(LoadScopeScheduling):
+    """Lets one process have all tests of a file; and those of files that need the same compiled loops, to compile them once."""
 
-    What takes long comes first, so that no process is left with it in the end.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.split("::", 1)[0]).stem
+        return "compiling" if module in COMPILING else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    """Share the tests out so."""
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes long come first, so that no process is left with it in the end."""
     first = {module: place for place, module in enumerate((*COMPILING, *LONG))}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
-    for item in items:
-        module = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("compiling" if module in COMPILING else module))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import random
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,7 +158,7 @@ def test_no_push_of_a_thousand_cancelled_steps_is_lost_or_doubled(
             assert parameters.version == CANCELLED + 1
             np.testing.assert_array_equal(parameters["x"], (CANCELLED + 1) * ONES["x"])
             assert asyncio.all_tasks() == {asyncio.current_task()}
-            assert resources() == before
+            assert resources() <= before  # less, if an earlier test's have ended meanwhile
 
     asyncio.run(main())
 
@@ -197,6 +198,6 @@ async def cancelled(call: Awaitable[Any], turns: int = 1) -> bool:
     return task.cancelled()
 
 
-def resources() -> tuple[int, int]:
+def resources() -> Counter[str]:
     """Numbers of open files and of threads."""
-    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    return Counter(files=len(list(Path("/proc/self/fd").iterdir())), threads=threading.active_count())

@@ -158,18 +158,6 @@ def test_optimizers_have_the_names_and_defaults_of_torch() -> None:
         assert ours == {key: tuple(value) if isinstance(value, list) else value for key, value in theirs.items()}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/transport.md", "docs/workers.md", "docs/diloco.md", "docs/frameworks.md"]
-)
-def test_python_blocks_in_the_documentation_run(page: str) -> None:
-    """In order, in one namespace, with the server's address replaced by the engine in this process."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert blocks
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(block.replace('"localhost:50051"', '":memory:"'), namespace)
-
-
 def test_generated_code_is_current(tmp_path: Path) -> None:
     path = ROOT / "proto" / "generate.py"
     specification = importlib.util.spec_from_file_location("generate", path)

@@ -6,13 +6,9 @@ meaning, and are dropped.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
-from unittest import TestCase
 
-import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -24,37 +20,17 @@ from optimizer_table import muon_in_full_precision, torch_in_float64
 from optserve import TensorSpec, optim
 from optserve._specification import ParameterSetSpec
 from optserve.optim._optimizer import as_number
-
-# For the base of a class that is not used here; and with the database come settings of Hypothesis, which are not wanted.
-sys.modules.setdefault("expecttest", SimpleNamespace(TestCase=TestCase))  # type: ignore[arg-type]
-from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerInput, optim_db  # noqa: E402
-
-hypothesis.settings.load_profile("optserve")
+from torch_database import HERE, OptimizerInfo, OptimizerInput, case, optim_db, ours
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
 NewId = Callable[[], str]
 
 ABSENT = {"LBFGS": "evaluates the loss several times in one step: the worker would have to take part in it"}
-IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 ONLY_MATRICES = ("Muon", "SparseAdam")
 STEPS = 10
 SPACING = 1.2e-7  # of float32: what is that near is equal
 MATRIX = np.ones((2, 3))
-
-HERE = [info for info in optim_db if info.optim_cls.__name__ in optim.catalogue()]
-
-
-def ours(info: OptimizerInfo, options: Mapping[str, Any]) -> optim.Optimizer:
-    """Our optimizer with what torch's was given."""
-    return optim.catalogue()[info.optim_cls.__name__](
-        **{name: value for name, value in options.items() if name not in IMPLEMENTATION}
-    )
-
-
-def case(info: OptimizerInfo, value: Any, description: str) -> Any:
-    """An optimizer and one of its inputs, by name."""
-    return pytest.param(info, value, id=f"{info.optim_cls.__name__}: {description}")
 
 
 # Which torch allows, and its database does not have.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.models import OPTIONS, Convolutions, Transformer, backward, loss_of, made
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import optserve
 import ranks
@@ -22,7 +22,6 @@ NewId = Callable[[], str]
 ParamGroups = list[dict[str, Any]]
 
 STEPS = 200
-WORDS, LENGTH, CLASSES = 20, 6, 3
 SHARED = (
     "Adadelta",
     "Adagrad",
@@ -37,69 +36,10 @@ SHARED = (
     "SGD",
     "Adafactor",
 )
-OPTIONS: dict[str, dict[str, Any]] = {
-    "Adadelta": {"lr": 0.3},
-    "Rprop": {"lr": 1e-3},
-    "SGD": {"lr": 0.05, "momentum": 0.9},
-}
-
-
+# In shares of a tensor's largest magnitude: of two float32 runs with the same gradients, each rounds a parameter by half of eps
+# in each step. The roundings within an update are of numbers that are smaller by the learning rate.
+ROUNDING = STEPS * torch.finfo(torch.float32).eps
 FIXED = ("Rprop",)  # whose learning rate can't change: it is where step sizes begin
-
-
-class Convolutions(nn.Module):
-    """Reads images of 8 by 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(1, 4, 3, stride=2), nn.Conv2d(4, 6, 3)
-        self.head, self.unused = nn.Linear(6, CLASSES), nn.Linear(2, 2)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.second(torch.tanh(self.first(images))))
-        return self.head(hidden.flatten(1))
-
-
-class Transformer(nn.Module):
-    """Reads words; those that it writes have the embeddings of those that it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(WORDS, 8)
-        # Without biases: that of the keys has no effect, and its gradient is nothing but what rounding left.
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, bias=False)
-        self.head = nn.Linear(8, WORDS, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return self.head(self.layer(self.embedding(words))).mean(1)
-
-
-def made(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().to(dtype)
-
-
-def inputs_of(model: nn.Module, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch, and its classes."""
-    randomness = torch.Generator().manual_seed(step)
-    if isinstance(model, Transformer):
-        words = torch.randint(WORDS, (4, LENGTH), generator=randomness)
-        return words, words[:, 0]
-    dtype = next(model.parameters()).dtype
-    images = torch.randn(8, 1, 8, 8, generator=randomness).to(dtype)
-    return images, (images.mean((1, 2, 3)) * 20).long() % CLASSES
-
-
-def loss_of(model: nn.Module, step: int) -> torch.Tensor:
-    inputs, classes = inputs_of(model, step)
-    return cross_entropy(model(inputs).to(torch.promote_types(next(model.parameters()).dtype, torch.float32)), classes)
-
-
-def backward(model: nn.Module, step: int) -> float:
-    loss = loss_of(model, step)
-    loss.backward()
-    return loss.item()
 
 
 def groups_of(model: nn.Module, rate: float) -> ParamGroups:
@@ -235,25 +175,35 @@ def test_sparse_gradients_of_embeddings_travel_as_rows(name: str, remote: Callab
     assert distance(model, expected) < 1e-9
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_a_float32_master(dtype: torch.dtype, remote: Callable[..., RemoteOptimizer]) -> None:
-    """Gradients are of the rounded parameters; what is rounded is a copy of those that are trained."""
-    options = {"lr": 1e-2}
-    expected, master, model = made(Convolutions, dtype), made(Convolutions, dtype).float(), made(Convolutions, dtype)
-    optimizer = local("AdamW", [{"params": list(master.parameters())}], options | {"foreach": False})
-    ours = remote("AdamW", model.named_parameters(), options)
-    for step in range(50):
-        for each in (expected, model):
-            each.zero_grad()
-            backward(each, step)
-        for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
-            kept.grad = None if rounded.grad is None else rounded.grad.float()
-        optimizer.step()
+@pytest.mark.parametrize("name", SHARED)
+def test_half_precision_is_that_of_a_float32_master(name: str, remote: Callable[..., RemoteOptimizer]) -> None:
+    """Gradients are of the rounded parameters; what is rounded is a copy of those that are trained.
+
+    Those are parameters that are float32 on the server, bit for bit, and those of torch's loop but for float32's own rounding:
+    where that crosses the middle of two numbers of half precision, and only there, the copy has the other one.
+    """
+    halves = [made(Convolutions, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    twins, expected = ([copy.deepcopy(half).float() for half in halves] for _ in range(2))
+    options = OPTIONS.get(name, {"lr": 1e-2})
+    ours = remote(name, [tensor for model in halves + twins for tensor in model.parameters()], options)
+    masters = [tensor for model in expected for tensor in model.parameters()]
+    theirs = local(name, [{"params": masters}], options | {"foreach": False})
+    for step in range(STEPS):
+        for half, *others in zip(halves, twins, expected, strict=True):
+            half.zero_grad()
+            backward(half, step)
+            for rounded, *kept in zip(half.parameters(), *(each.parameters() for each in others), strict=True):
+                for each in kept:
+                    each.grad = None if rounded.grad is None else rounded.grad.float()
         ours.step()
-        with torch.no_grad():
-            for rounded, kept in zip(expected.parameters(), master.parameters(), strict=True):
-                rounded.copy_(kept)
-    assert distance(model, expected) < 2 * torch.finfo(dtype).eps
+        theirs.step()
+    for half, twin, there in zip(halves, twins, expected, strict=True):
+        assert distance(twin, there) <= ROUNDING
+        for rounded, kept, master in zip(half.parameters(), twin.parameters(), there.parameters(), strict=True):
+            assert torch.equal(rounded, kept.to(rounded.dtype))
+            near = ROUNDING * master.abs().max()
+            assert ((master - near).to(rounded.dtype) <= rounded).all()
+            assert (rounded <= (master + near).to(rounded.dtype)).all()
 
 
 def test_a_state_dict_is_that_of_torch_and_the_worker_keeps_nothing(remote: Callable[..., RemoteOptimizer]) -> None:
@@ -389,6 +339,21 @@ def test_ranks_that_resume_together_have_one_set_and_lose_no_update(
     torch.testing.assert_close(second, torch.full((2,), -0.02))
     assert torch.equal(first, other[0])
     assert torch.equal(second, other[1])
+
+
+def test_a_state_or_parameters_that_were_changed_by_hand_are_taken(remote: Callable[..., RemoteOptimizer]) -> None:
+    model = made(Convolutions)
+    optimizer = remote("Adam", model.named_parameters(), {"lr": 0.1})
+    backward(model, 0)
+    optimizer.step()
+    given = optimizer.state_dict()
+    given["state"][0]["exp_avg"].zero_()
+    optimizer.load_state_dict(given)
+    assert not optimizer.state_dict()["state"][0]["exp_avg"].any()
+    with torch.no_grad():
+        model.head.bias.fill_(7.0)  # type: ignore[union-attr, operator]
+    optimizer.load_state_dict(given)
+    assert (optimizer.weights.pull()["head.bias"] == 7.0).all()
 
 
 def test_a_rank_hears_what_stopped_the_one_that_makes_the_set(

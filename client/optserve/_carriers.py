@@ -9,7 +9,7 @@ import numpy as np
 from optserve._buffers import Buffers
 from optserve._codecs import Codec, codec
 from optserve._compression import CompressedPush
-from optserve._copy import copy_array
+from optserve._copy import address, copy_array
 from optserve._dtypes import BFLOAT16, FLOAT16, FLOAT32, narrowed
 from optserve._errors import InvalidChunk, TensorMismatch
 from optserve._messages import encode_dtype
@@ -25,6 +25,9 @@ KEY_BYTES = 8
 PIECE = 8 << 20  # elements: what is copied into shared memory before the server is told, so that both work at once
 
 _DTYPES = {BFloat16: BFLOAT16, Float16: FLOAT16}
+
+
+Part = Mapping[str, tuple[int, Array]]  # gradients by name, each with its place in the push
 
 
 class Sent(Protocol):
@@ -56,9 +59,14 @@ class Chunks:
         """The tensors of a push, in the order in which they were declared."""
         if push.compressed is not None:
             yield from push.compressed.payloads()
-        arrays = [*({} if push.compressed else push.gradients).values(), *push.parameters.values()]
-        first = len(push.gradients) if push.compressed else 0
-        yield from pack((first + k, bytes_of(array), array.itemsize) for k, array in enumerate(arrays))
+        else:
+            yield from self.part({name: (k, array) for k, (name, array) in enumerate(push.gradients.items())})
+        first = len(push.gradients)
+        yield from pack((first + k, bytes_of(each), each.itemsize) for k, each in enumerate(push.parameters.values()))
+
+    def part(self, gradients: Part) -> Iterator[Payload]:
+        """Some gradients of a push."""
+        yield from pack((place, bytes_of(array), array.itemsize) for place, array in gradients.values())
 
     def ask(self, pull: step_pb2.Pull) -> None:
         """Say how the answer should come."""
@@ -66,11 +74,17 @@ class Chunks:
             pull.dtype = encode_dtype(self._dtype)
 
     def receive(
-        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
+        self,
+        header: step_pb2.Parameters,
+        answers: Iterator[Frame[Any]],
+        rows: Mapping[str, Indices],
+        *,
+        copy: bool,
+        arrived: Callable[[int, Array], None] | None = None,
     ) -> list[Array | RowSparse]:
         """The tensors that a header announced, from the messages that begin with it, or the rows of them that were asked for.
 
-        Raises InvalidChunk.
+        `arrived` is called with the index of each that comes in messages, whole, once it is there. Raises InvalidChunk.
         """
         counts = {table.tensor: table.count for table in header.tables}
         specs = [self._tensors[index] for index in header.tensors]
@@ -81,19 +95,23 @@ class Chunks:
         arrays = self._buffers.arrays(specs)
         keys = [np.empty(count, np.int64) for count in counts.values()]
         targets = [*arrays, *keys]
-        remaining = sum(each.size for each in targets)
+        remaining = [each.size for each in targets]
         for answer in answers:
-            if answer.payload is not None:
-                remaining -= self._take(answer.payload, specs, targets)
-        if remaining:
-            raise InvalidChunk(f"expected every element of the pulled tensors; {remaining} did not come")
+            for place, size in self._take(answer.payload, specs, targets) if answer.payload is not None else ():
+                remaining[place] -= size
+                if arrived is not None and not remaining[place] and place < len(specs):
+                    arrived(header.tensors[place], targets[place])
+        if any(remaining):
+            raise InvalidChunk(f"expected every element of the pulled tensors; {sum(remaining)} did not come")
         tables = {place: RowSparse(each, arrays[place]) for place, each in zip(counts, keys, strict=True)}
         return [tables.get(place, array) for place, array in enumerate(arrays)]
 
-    def _take(self, payload: Payload, specs: Sequence[TensorSpec], arrays: Sequence[Array]) -> int:
-        """Put a chunk's elements into the arrays; returns their number."""
+    def _take(
+        self, payload: Payload, specs: Sequence[TensorSpec], arrays: Sequence[Array]
+    ) -> Iterator[tuple[int, int]]:
+        """Put a chunk's elements into the arrays, and say of which how many."""
         source = np.frombuffer(payload.buffer, np.uint8)
-        begin = count = 0
+        begin = 0
         for run in payload.runs:
             if run.tensor >= len(arrays) or run.offset + run.size > arrays[run.tensor].size:
                 raise TensorMismatch(f"the server sent elements outside of the pulled tensors: {run}")
@@ -106,8 +124,8 @@ class Chunks:
             else:
                 assert self._codec is not None
                 _decode(self._codec, source[begin : begin + size], target)
-            begin, count = begin + size, count + run.size
-        return count
+            begin += size
+            yield run.tensor, run.size
 
 
 class Segments(Chunks):
@@ -123,50 +141,61 @@ class Segments(Chunks):
         self.gradients = mappings.gradients
 
     def payloads(self, push: Sent) -> Iterator[Payload]:
-        if push.rows or not all(self._registered(name, array) for name, array in push.gradients.items()):
-            yield from super().payloads(push)  # the server says what is wrong with it, if anything is
+        if push.rows:
+            return Chunks(self._tensors, self._buffers).payloads(push)
+        return super().payloads(push)
+
+    def part(self, gradients: Part) -> Iterator[Payload]:
+        if not all(self._registered(name, array) for name, (_, array) in gradients.items()):
+            yield from super().part(gradients)  # the server says what is wrong with it, if anything is
             return
         runs: list[Run] = []
-        for run in self._laid(push.gradients):
+        for run in self._laid(gradients):
             runs.append(run)
             if run.size == PIECE:
                 yield Payload(runs, (), in_shared_memory=True)
                 runs = []
         if runs:
             yield Payload(runs, (), in_shared_memory=True)
-        first = len(push.gradients)
-        yield from pack((first + k, bytes_of(each), each.itemsize) for k, each in enumerate(push.parameters.values()))
 
     def _registered(self, name: str, array: Array) -> bool:
         return name in self._indices and self._tensors[self._indices[name]] == TensorSpec.of(name, array)
 
-    def _laid(self, gradients: dict[str, Array]) -> Iterator[Run]:
+    def _laid(self, gradients: Part) -> Iterator[Run]:
         """Put gradients into shared memory, unless they lie there, a piece at a time."""
-        places = [self._mappings.gradients[self._indices[name]] for name in gradients]
-        arrays = [self._readable(*each) for each in zip(gradients.values(), places, strict=True)]
-        for k, (array, place) in enumerate(zip(arrays, places, strict=True)):
-            if _address(array) == _address(place):
+        memories = [self._mappings.gradients[self._indices[name]] for name in gradients]
+        arrays = [
+            self._readable(array, memory) for (_, array), memory in zip(gradients.values(), memories, strict=True)
+        ]
+        for (place, _), array, memory in zip(gradients.values(), arrays, memories, strict=True):
+            if address(array) == address(memory):
                 if array.size:
-                    yield Run(k, 0, array.size)
+                    yield Run(place, 0, array.size)
                 continue
             for begin in range(0, array.size, PIECE):
                 piece = slice(begin, min(begin + PIECE, array.size))
-                copy_array(place.reshape(-1)[piece], array.reshape(-1)[piece])
-                yield Run(k, begin, piece.stop - begin)
+                copy_array(memory.reshape(-1)[piece], array.reshape(-1)[piece])
+                yield Run(place, begin, piece.stop - begin)
 
-    def _readable(self, array: Array, place: Array) -> Array:
+    def _readable(self, array: Array, memory: Array) -> Array:
         """A gradient, copied if it lies where another tensor's is about to be written."""
-        misplaced = self._mappings.contains(array) and _address(array) != _address(place)
+        misplaced = self._mappings.contains(array) and address(array) != address(memory)
         return array.copy() if misplaced else array
 
     def ask(self, pull: step_pb2.Pull) -> None:
         pull.in_shared_memory = True
 
     def receive(
-        self, header: step_pb2.Parameters, answers: Iterator[Frame[Any]], rows: Mapping[str, Indices], *, copy: bool
+        self,
+        header: step_pb2.Parameters,
+        answers: Iterator[Frame[Any]],
+        rows: Mapping[str, Indices],
+        *,
+        copy: bool,
+        arrived: Callable[[int, Array], None] | None = None,
     ) -> list[Array | RowSparse]:
         if not header.segment:
-            return super().receive(header, answers, rows, copy=copy)
+            return super().receive(header, answers, rows, copy=copy, arrived=arrived)
         for _ in answers:
             pass
         mapped = self._mappings.parameters(header.segment)
@@ -187,8 +216,3 @@ def _decode(decoder: Codec, data: Array, target: Array) -> None:
         elements = np.empty(target.size, np.float32)
         decoder.decode(data, elements)
         target[:] = elements
-
-
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address

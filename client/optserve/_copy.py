@@ -1,4 +1,4 @@
-"""Copies of large arrays by several threads: one alone can't use the memory's bandwidth."""
+"""Where arrays lie; and copies of large ones by several threads: one alone can't use the memory's bandwidth."""
 
 import os
 import threading
@@ -11,6 +11,12 @@ Array = np.ndarray[Any, Any]
 THREADS = min(4, os.cpu_count() or 1)
 PART = 1 << 20  # bytes that a thread takes at a time
 WORTHWHILE = 8 << 20  # bytes: below, starting a thread costs more than it saves
+
+
+def address(array: Array) -> int:
+    """Where an array's elements begin."""
+    begin: int = array.__array_interface__["data"][0]
+    return begin
 
 
 def copy_array(target: Array, source: Array) -> None:

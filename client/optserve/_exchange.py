@@ -1,13 +1,14 @@
 """What goes over a session: a push, a pull, or both at once, and how far they have got."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from optserve._compression import CompressedPush
+from optserve._copy import address
 from optserve._results import Position, Receipt
 from optserve._rows import Indices, encode_rows
 from optserve._specification import TensorSpec
@@ -57,12 +58,22 @@ class OutgoingPush:
         return encode_rows(self.rows[name]) if name in self.rows else None
 
 
+class Listener(Protocol):
+    """Hears of a step before all of it is done, in the thread that makes the call."""
+
+    def decided(self, receipt: Receipt) -> None:
+        """The server has said what became of the push."""
+
+    def arrived(self, name: str, array: "np.ndarray[Any, Any]") -> None:
+        """All of a tensor is there, while others may not be. Not called for tensors that come together, as in shared memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutgoingPull:
     """What a worker asks for: tensors in order (none: all), and from which position on (None: any).
 
     Without `copy`, arrays may lie in shared memory and are valid until the next push or pull. With `evaluation`, it asks for
-    the parameters to evaluate; with `rows`, for some rows of tensors.
+    the parameters to evaluate; with `rows`, for some rows of tensors. A `listener` hears how far it is.
     """
 
     tensors: tuple[str, ...] = ()
@@ -70,6 +81,7 @@ class OutgoingPull:
     copy: bool = True
     evaluation: bool = False
     rows: Mapping[str, Indices] = field(default_factory=dict)
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,36 @@ class Attempt:
     epoch: int
     sequence: int
     repeated: bool = False
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What a stream has carried of a push that is not complete yet: gradients by name, which may be sent again as often."""
+
+    sequence: int
+    declared: Declared
+    gradients: Arrays = field(default_factory=dict)
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, sequence: int, tensors: Iterable[TensorSpec]) -> "Ahead":
+        """Nothing yet of a push of gradients of these tensors."""
+        return cls(sequence, [(spec, step_pb2.ROLE_GRADIENT, None, None) for spec in tensors])
+
+    @property
+    def places(self) -> dict[str, int]:
+        """The places of the tensors in the push."""
+        return {spec.name: place for place, (spec, _, _, _) in enumerate(self.declared)}
+
+    def has(self, name: str, gradient: np.ndarray[Any, Any]) -> bool:
+        """Whether this very memory was sent; it is kept alive, so that nothing else can lie there."""
+        sent = self.gradients.get(name)
+        return sent is not None and address(sent) == address(gradient) and sent.dtype == gradient.dtype
+
+    def add(self, gradients: Arrays) -> None:
+        """These were sent."""
+        self.gradients |= gradients
+        self.nbytes += sum(each.nbytes for each in gradients.values())
 
 
 @dataclass(slots=True)
@@ -105,3 +147,5 @@ class Exchange:
         self.receipt = receipt
         if self.push is not None and self.push.compressed is not None:
             self.push.compressed.decided(taken=receipt.refusal is None)
+        if self.pull is not None and self.pull.listener is not None:
+            self.pull.listener.decided(receipt)

@@ -12,7 +12,7 @@ from optserve._carriers import Chunks
 from optserve._choice import Choice
 from optserve._compression import Compressor
 from optserve._errors import InvalidArgument, InvalidFormat, InvalidHyperparameter, OutcomeUnknown, TensorMismatch
-from optserve._exchange import OutgoingPull, OutgoingPush
+from optserve._exchange import Listener, OutgoingPull, OutgoingPush
 from optserve._heart import Heart
 from optserve._identity import LARGEST, Identity
 from optserve._messages import (
@@ -112,15 +112,17 @@ class ParameterSet:
         tensors: Sequence[str] = (),
         rows: Mapping[str, ArrayLike] | None = None,
         copy: bool = True,
+        listener: Listener | None = None,
     ) -> Parameters:
         """Push gradients and pull the result in one round trip; `.receipt` says what became of the push.
 
         Arguments are those of `push` and `pull`. Without `copy`, the arrays are read-only and may lie in memory shared with
         the server: they stay as they are until this handle's next step, push or pull, or until its connection ends. In a set
-        that holds moments only, the result is what to add to the parameters. Raises what `push` raises.
+        that holds moments only, the result is what to add to the parameters. A `listener` hears of the receipt, and of tensors
+        that come one by one, while others are still on their way. Raises what `push` raises.
         """
         push = self._outgoing(gradients, parameters, hyperparameters, loss_scale, samples)
-        receipt, pulled = self._session.exchange(push, self._pull(tensors, rows, copy=copy))
+        receipt, pulled = self._session.exchange(push, self._pull(tensors, rows, copy=copy, listener=listener))
         assert receipt is not None
         assert pulled is not None
         if not copy:
@@ -198,6 +200,17 @@ class ParameterSet:
             newer_than = newer_than.position
         _, pulled = self._session.exchange(None, self._pull(tensors, rows, newer_than, evaluation=evaluation))
         return pulled
+
+    def stage(self, gradients: Mapping[str, ArrayLike], *, expected: Sequence[str]) -> None:
+        """Send gradients ahead of the `step` or `push` that they are part of, while others are still being computed.
+
+        `expected` names the tensors that the push will have, in its order. The arrays must not change until then, or be staged
+        again; the push is given all of them, and sends what was not staged, or is another array. What is staged has no effect
+        before the push. Nothing is sent ahead before the first call of this handle, nor where gradients are compressed: then
+        the push sends it all. Raises TensorMismatch for what is not a tensor of the set.
+        """
+        if self._compressor is None:
+            self._session.stage(as_arrays(gradients), expected)
 
     def gradient_buffers(self) -> dict[str, "np.ndarray[Any, Any]"]:
         """An array for the gradient of each tensor, to be filled and given to `step` or `push`, which then copies nothing.
@@ -351,10 +364,11 @@ class ParameterSet:
         *,
         copy: bool = True,
         evaluation: bool = False,
+        listener: Listener | None = None,
     ) -> OutgoingPull:
         indices = {name: as_indices(each) for name, each in as_mapping(rows or {}).items()}
         check_count(indices.values())
-        return OutgoingPull(tuple(tensors), newer_than, copy, evaluation, indices)
+        return OutgoingPull(tuple(tensors), newer_than, copy, evaluation, indices, listener)
 
     def _outgoing(
         self,

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +33,9 @@ from optserve._errors import (
     ServerError,
     ServerUnavailable,
     SessionSuperseded,
+    TensorMismatch,
 )
-from optserve._exchange import Declared, Exchange, OutgoingPull, OutgoingPush
+from optserve._exchange import Ahead, Arrays, Declared, Exchange, Listener, OutgoingPull, OutgoingPush
 from optserve._heart import Heart
 from optserve._identity import Identity
 from optserve._ledger import Ledger
@@ -57,13 +58,14 @@ from optserve._shared_memory import WORTHWHILE, Mappings
 from optserve._specification import TensorSpec
 from optserve._transport import Stream, Transport
 from optserve._window import KeptPush, Window
-from optserve._wire import Frame, spread
+from optserve._wire import Frame, Payload, spread
 from optserve.v1 import step_pb2
 from optserve.v1.step_pb2 import StepRequest, StepResponse
 
 log = logging.getLogger("optserve")
 
 FAREWELL = 1.0  # seconds that a member takes to leave at most
+MOST_AHEAD = 2  # times the size of a push that may be sent ahead of it, again and again; the server takes four
 
 
 class Session:
@@ -104,6 +106,7 @@ class Session:
         self.lease = math.inf  # seconds of silence until the server counts it as gone
         self._stream: Stream | None = None
         self._declared: Declared | None = None  # on this stream
+        self._ahead: Ahead | None = None  # on this stream
         self._window = Window(replay_window_bytes)
         self._ledger = Ledger(set_id, base, identity, self._window)
         self._uncertain: CompressedPush | None = None  # the unsettled push, if it will have left something unsaid
@@ -125,6 +128,18 @@ class Session:
         if receipt is not None and receipt.refused and receipt.refusal is not None:
             raise receipt.refusal.error()
         return receipt, parameters
+
+    def stage(self, gradients: Arrays, expected: Sequence[str]) -> None:
+        """Send gradients of the next push ahead of it, where there is a stream to do so; raises TensorMismatch."""
+        with self._turn():
+            if self._stream is None or self._closed or self._ledger.unsettled is not None:
+                return
+            specs = {spec.name: spec for spec in self._tensors}
+            self._check_staged(gradients, expected, specs)
+            try:
+                self._stream.send(list(self._staged(gradients, [specs[name] for name in expected])))
+            except OptserveError:
+                self._disconnect()
 
     def settle(self) -> Receipt | None:
         """What became of the push that was given up last: its receipt, or None if it was not applied.
@@ -239,6 +254,8 @@ class Session:
         retry, said = Retry(self._timeout), ""
         while True:
             try:
+                if self._ahead is not None and exchange.push is None:
+                    self._disconnect()  # the server expects the rest of a push
                 stream = self._open(retry.deadline, exchange)
                 return self._attempt(stream, exchange, retry.deadline)
             except BaseException as error:
@@ -338,7 +355,8 @@ class Session:
         if exchange.push is not None and exchange.receipt is None:
             before, attempt = exchange.attempt, self._ledger.attempt()
             exchange.attempt = attempt
-            stream.send(self._requests(exchange.push, exchange.pull, attempt.sequence, self._base))
+            ahead, self._ahead = self._ahead, None
+            stream.send(self._requests(exchange.push, exchange.pull, attempt.sequence, self._base, ahead))
             if exchange.kept != attempt:
                 self._window.keep(attempt.sequence, exchange.push, self._base)  # while it travels
                 exchange.kept = attempt
@@ -386,14 +404,23 @@ class Session:
             ) from error
 
     def _requests(
-        self, push: OutgoingPush | None, pull: OutgoingPull | None, sequence: int, base: Position | None = None
+        self,
+        push: OutgoingPush | None,
+        pull: OutgoingPull | None,
+        sequence: int,
+        base: Position | None = None,
+        ahead: Ahead | None = None,
     ) -> Iterator[Frame[StepRequest]]:
         """The frames of one exchange; what is small rides with the first chunk and the last."""
         assert self._carrier is not None
         frame = Frame(StepRequest())
         if push is not None:
             frame.message.push.CopyFrom(self._begin(push, sequence, base))
-            frame = yield from spread(frame, self._carrier.payloads(push))
+            if ahead is not None and ahead.declared == push.declared:
+                missing = {name: each for name, each in push.gradients.items() if not ahead.has(name, each)}
+                frame = yield from spread(frame, self._part(ahead, missing))
+            else:
+                frame = yield from spread(frame, self._carrier.payloads(push))
             frame.message.commit = True
         if pull is not None:
             asked = frame.message.pull
@@ -416,16 +443,51 @@ class Session:
         )
         if base is not None:
             message.base.CopyFrom(encode_position(base))
-        declared = push.declared
-        if declared != self._declared:  # else as in this stream's push before
-            specs = encode_tensors([spec for spec, _, _, _ in declared])
-            for spec, (_, role, format, rows) in zip(specs, declared, strict=True):
-                encoding, fraction = encode_format(format)
-                message.tensors.append(
-                    step_pb2.PushedTensor(spec=spec, role=role, encoding=encoding, fraction=fraction, rows=rows)
-                )
-            self._declared = declared
+        if push.declared != self._declared:  # else as in this stream's push before
+            self._declare(message, push.declared)
         return message
+
+    def _declare(self, message: step_pb2.Push, declared: Declared) -> None:
+        specs = encode_tensors([spec for spec, _, _, _ in declared])
+        for spec, (_, role, format, rows) in zip(specs, declared, strict=True):
+            encoding, fraction = encode_format(format)
+            message.tensors.append(
+                step_pb2.PushedTensor(spec=spec, role=role, encoding=encoding, fraction=fraction, rows=rows)
+            )
+        self._declared = declared
+
+    def _check_staged(self, gradients: Arrays, expected: Sequence[str], specs: Mapping[str, TensorSpec]) -> None:
+        for name in expected:
+            if name not in specs:
+                raise TensorMismatch(f"set {self._set_id!r}: expected tensors of the set; got {name!r}")
+        for name, array in gradients.items():
+            if name not in expected:
+                raise TensorMismatch(f"set {self._set_id!r}: expected gradients that the push will have; got {name!r}")
+            if (spec := TensorSpec.of(name, array)) != specs[name]:
+                raise TensorMismatch(f"set {self._set_id!r}: expected {specs[name]}; got {spec}")
+
+    def _staged(self, gradients: Arrays, expected: Sequence[TensorSpec]) -> Iterator[Frame[StepRequest]]:
+        """The frames that carry some gradients of a push that may have begun before."""
+        frame, ahead = Frame(StepRequest()), self._ahead
+        beginning = Ahead.of(self._ledger.attempt().sequence, expected)
+        most = MOST_AHEAD * sum(spec.nbytes for spec in expected)
+        if ahead is None or ahead.declared != beginning.declared or ahead.nbytes > most:
+            self._ahead = ahead = beginning
+            frame.message.push.sequence = ahead.sequence
+            self._declare(frame.message.push, ahead.declared)
+        yield (yield from spread(frame, self._part(ahead, gradients)))
+
+    def _part(self, ahead: Ahead, gradients: Arrays) -> Iterator[Payload]:
+        """Gradients of a push; what it had of them before, they replace."""
+        assert self._carrier is not None
+        places = ahead.places
+        missing = {name: (places[name], each) for name, each in gradients.items() if name not in ahead.gradients}
+        changed = {name: (places[name], each) for name, each in gradients.items() if name in ahead.gradients}
+        yield from self._carrier.part(missing)
+        for payload in self._carrier.part(changed):
+            payload.replace = True
+            yield payload
+        ahead.add(gradients)
 
     def _receive_parameters(
         self, stream: Stream, answer: Frame[StepResponse] | None, deadline: float, exchange: Exchange
@@ -440,7 +502,11 @@ class Session:
             return None
         try:
             answers = _until_end(stream, answer, deadline)
-            arrays = self._carrier.receive(header, answers, exchange.pull.rows, copy=exchange.pull.copy)
+            listener = exchange.pull.listener
+            arrived = functools.partial(self._arrived, listener) if listener is not None else None
+            arrays = self._carrier.receive(
+                header, answers, exchange.pull.rows, copy=exchange.pull.copy, arrived=arrived
+            )
         except NoSharedMemory as error:  # after a push that is done: fetch them again, another way
             self._without_shared_memory = self._choice.transport is Via.AUTO
             raise ServerUnavailable(str(error)) from error
@@ -448,8 +514,12 @@ class Session:
         names = (self._tensors[index].name for index in header.tensors)
         return Parameters(dict(zip(names, arrays, strict=True)), position, exchange.receipt)
 
+    def _arrived(self, listener: Listener, index: int, array: np.ndarray[Any, Any]) -> None:
+        listener.arrived(self._tensors[index].name, array)
+
     def _disconnect(self) -> None:
         """After an error the stream's state is not known; the next call opens another."""
+        self._ahead = None
         if self._stream is not None:
             self._stream.close()
             self._stream = None

@@ -117,6 +117,7 @@ class ParameterSet:
         """As `optserve.ParameterSet.pull`, whose other arguments it takes; None only if nothing is newer."""
         return await self._run(functools.partial(self._weights.pull, newer_than=newer_than, **options))
 
+    stage = _twin(optserve.ParameterSet.stage)
     gradient_buffers = _twin(optserve.ParameterSet.gradient_buffers)
 
     async def settle(self) -> Receipt | None:

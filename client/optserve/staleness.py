@@ -12,6 +12,8 @@ from typing import Any
 
 from optserve._errors import InvalidPolicy
 
+__all__ = ["DelayCompensation", "DivideLearningRate", "GapAware", "Polynomial", "Reject", "Staleness"]
+
 MOST_UPDATES = (1 << 53) - 1
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from optserve._errors import InvalidArgument, InvalidTensor, MessageOrder, ServerBusy, ServerDraining, ServerUnavailable
 from optserve._messages import (
@@ -72,7 +73,7 @@ class StepStream:
                 if message.HasField("open"):
                     yield self._open(message.open)
                 if message.HasField("push"):
-                    busy.enter_context(self._gate.room(self._begin(message.push)))
+                    self._begin(message.push, busy)
                 if frame.payload is not None:
                     self._add(frame.payload)
                 if message.commit:
@@ -120,23 +121,29 @@ class StepStream:
             opened.shared_memory.CopyFrom(self._attachment.offer)
         return Frame(StepResponse(opened=opened))
 
-    def _begin(self, message: step_pb2.Push) -> int:
-        """Begin a push; returns the bytes that it will hold."""
+    def _begin(self, message: step_pb2.Push, busy: ExitStack) -> None:
+        """Begin a push, and occupy the gate with the bytes that it will hold; or begin it anew, or amend it."""
         parameter_set, _ = self._opened("push")
+        said: dict[str, Any] = {
+            "base": decode_position(message.base) if message.HasField("base") else None,
+            "changes": decode_changes(message.hyperparameters),
+            "loss_scale": message.loss_scale or 1.0,
+            "samples": message.samples or 1.0,
+        }
         if self._push is not None:
-            raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
+            if message.sequence != self._push.sequence:
+                raise MessageOrder(f"expected `commit` of push {self._push.sequence}; got `push` {message.sequence}")
+            if not message.tensors:
+                self._push.say(**said)
+                return
+            self._push = None
+            busy.close()
         if message.tensors:
             self._declared = [Declared(*decode_pushed_tensor(each)) for each in message.tensors]
             check_count(each.rows for each in self._declared if each.rows is not None)
-        self._push = parameter_set.begin(
-            message.sequence,
-            self._declared,
-            base=decode_position(message.base) if message.HasField("base") else None,
-            changes=decode_changes(message.hyperparameters),
-            loss_scale=message.loss_scale or 1.0,
-            samples=message.samples or 1.0,
-        )
-        return self._push.nbytes
+        push = parameter_set.begin(message.sequence, self._declared, **said)
+        busy.enter_context(self._gate.room(push.nbytes))
+        self._push = push
 
     def _add(self, payload: Payload) -> None:
         push = self._pushing("chunk")

@@ -4,6 +4,7 @@ A server that starts cold takes seconds to import and compile, which would be mo
 runs the same command line on the same data directory, and is killed as any process is.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -26,20 +27,29 @@ def start(function: Callable[..., Any], *arguments: Any, wrong: str | None = Non
     return process
 
 
-def call(function: Callable[..., Any], *arguments: Any, wrong: str | None = None) -> Any:
-    """What a function returns in a child; raises what it raises there."""
+def call(function: Callable[..., Any], *arguments: Any, wrong: str | None = None, patience: float = 90.0) -> Any:
+    """What a function returns in a child; raises what it raises there.
+
+    A child that says nothing for so many seconds prints where its threads are, and is killed; that raises TimeoutError.
+    """
     here, there = CONTEXT.Pipe(duplex=False)
-    process = start(_answer, function, arguments, there, wrong=wrong)
+    process = start(_answer, function, arguments, there, patience, wrong=wrong)
     there.close()
-    with here:
-        error, result = here.recv()
-    process.join()
+    try:
+        with here:
+            if not here.poll(patience + 5):
+                raise TimeoutError(f"{function.__name__} has not returned within {patience:g} s; its stacks are above")
+            error, result = here.recv()
+        process.join(5)
+    finally:
+        process.kill()
     if error is not None:
         raise error
     return result
 
 
-def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection, patience: float) -> None:
+    faulthandler.dump_traceback_later(patience)
     try:
         answer.send((None, function(*arguments)))
     except Exception as error:

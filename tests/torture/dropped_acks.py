@@ -66,7 +66,7 @@ def run(drops: int, directory: Path, *, wrong: str | None = None) -> Found:
             direct = client.create_parameter_set(SET_ID, zeros, optim.SGD(lr=1.0, maximize=True))
             kinds = itertools.cycle([push_with_sdk, push_with_stubs])
             pushing = [
-                pool.submit(call, kind, server.address, name, each, wrong=wrong)
+                pool.submit(call, kind, server.address, name, each, wrong=wrong, patience=90 + each)
                 for kind, name in zip(kinds, zeros, strict=False)
             ]
             pushed: list[Pushed] = [each.result() for each in pushing]

@@ -16,6 +16,8 @@ from optserve.interop._building import Array, built, common_lr, common_steps
 from optserve.interop._names import KERAS, Names, check_place, names_for
 from optserve.optim import Group, Optimizer
 
+__all__ = ["from_variables", "values"]
+
 ITERATION, LEARNING_RATE = "iteration", "learning_rate"
 AVERAGES = {AVERAGE: "average"}
 

@@ -20,6 +20,8 @@ from optserve.interop._building import Array, built, common_lr, common_steps
 from optserve.interop._names import OPTAX, Names, check_place, names_for
 from optserve.optim import Group, Optimizer
 
+__all__ = ["from_opt_state", "opt_state"]
+
 COUNTS = ("count", "count_m2")
 HYPERPARAMETERS, LEARNING_RATE = "hyperparams", "learning_rate"
 

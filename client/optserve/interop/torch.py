@@ -14,6 +14,8 @@ from optserve.interop._building import Array, built
 from optserve.interop._names import TORCH, Names, check_place, names_for, names_of
 from optserve.optim import Group, Optimizer
 
+__all__ = ["from_state_dict", "state_dict"]
+
 STEP, NAME = "step", "name"
 IGNORED = {
     "params", "param_names", NAME, "initial_lr", "foreach", "capturable", "differentiable", "fused"

@@ -19,9 +19,11 @@ def torch_defaults(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def names_of(param_groups: Sequence[ParamGroup]) -> list[list[str]]:
-    """The tensors' names by group: those of `named_parameters()`, or numbers. Raises InvalidName if two are the same."""
+    """The tensors' names by group: those of `named_parameters()`, or numbers. Raises InvalidName or InvalidGroup for twins."""
     count, names = 0, []
     for group in param_groups:
+        if len({id(tensor) for tensor in group["params"]}) < len(group["params"]):  # torch warns, and steps it twice
+            raise InvalidGroup("expected each parameter once in a parameter group; got one several times")
         known = group.get("param_names", [f"parameter-{count + k}" for k in range(len(group["params"]))])
         count += len(known)
         names.append(list(known))
@@ -48,8 +50,8 @@ def hyperparameters_of(group: ParamGroup, optimizer: Optimizer) -> dict[str, Any
 def creation_groups(
     param_groups: Sequence[ParamGroup], names: Iterable[Sequence[str]], optimizer: Optimizer
 ) -> tuple[Group, ...]:
-    """The groups beside `default`, as a set is created with, with what is different there."""
-    common = torch_defaults(optimizer)
+    """The groups beside `default`, as a set is created with, with what they have that `default` has not."""
+    common = {**torch_defaults(optimizer), **hyperparameters_of(param_groups[0], optimizer)}
     return tuple(
         Group(name, *members, **_different(hyperparameters_of(group, optimizer), common))
         for name, members, group in list(zip(group_names(param_groups), names, param_groups, strict=True))[1:]

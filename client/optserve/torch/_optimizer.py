@@ -1,7 +1,6 @@
 """A `torch.optim.Optimizer` whose state and arithmetic are a server's."""
 
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -30,9 +29,8 @@ from optserve.torch._groups import (
     torch_defaults,
 )
 from optserve.torch._ranks import of_all_ranks, own_rank
-from optserve.torch._tensors import as_gradient, assign
+from optserve.torch._tensors import as_gradient, assign, digest
 
-MARK = "mark"  # in a state_dict: which one it is
 HANDLE = ("push_format", "pull_format", "replay_window_bytes")  # options of a worker's handle, not of the set
 
 
@@ -51,6 +49,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     Raises what `create_parameter_set` raises.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(
         self,
         params: ParamsT,
@@ -64,7 +64,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._weights: ParameterSet | None = None
         self._sent: dict[str, dict[str, Any]] = {}  # by group and name
         self._schedules: dict[str, Mapping[str, Schedule]] = {}  # the set's own, by group and name
-        self._mark: str | None = None  # of the last state_dict, if no step has been made since
+        self._given: bytes | None = None  # the digest of the last state_dict, if no step has been made since
         self._receipt: Receipt | None = None
         self._optimizer = optimizer
         super().__init__(params, torch_defaults(optimizer))
@@ -73,8 +73,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._creation = creation
         self._client = server if isinstance(server, Client) else Client(server)
         self._owns_client = self._client is not server
-        self._names = names_of(self.param_groups)
         try:
+            self._names = names_of(self.param_groups)
             self._attach(
                 self._client.create_parameter_set(
                     id,
@@ -92,6 +92,11 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def __repr__(self) -> str:
         return f"RemoteOptimizer({self._id!r}, {self._optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"expected no copy of {self}: its state is a server's. Keep its state_dict(), or make another one with the same id"
+        )
 
     @property
     def weights(self) -> ParameterSet:
@@ -122,7 +127,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             name: as_gradient(tensor.grad) for name, tensor in self._tensors.items() if tensor.grad is not None
         }
         if gradients:
-            self._mark = None
+            self._given = None
             changes = self._changes()
             pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
             for group, values in changes.items():
@@ -137,14 +142,17 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def state_dict(self) -> dict[str, Any]:
         """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
-        kept = interop.state_dict(self.weights.state(), *self._names)["state"]
         tensors = list(self._tensors.values())
-        self.state.update({tensors[index]: values for index, values in kept.items()})
-        self._mark = secrets.token_hex(8)
+        state = interop.state_dict(self.weights.state(), *self._names)["state"]
+        kept = {tensors[index]: values for index, values in state.items()}
+        self.state.update(kept)
         try:
-            return {**super().state_dict(), MARK: self._mark}
+            given = dict(super().state_dict())
+            self._given = digest(given["state"], self._tensors)
+            return given
         finally:
-            self.state.clear()
+            for tensor in kept:
+                self.state.pop(tensor, None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
@@ -153,13 +161,26 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         are to load, and one of them makes the set; other workers are to attach again. Raises InvalidState, and then nothing has
         changed.
         """
-        super().load_state_dict({**state_dict, "state": {}})
-        if all(of_all_ranks(self._mark is not None and self._mark == state_dict.get(MARK))):
+        loaded: dict[Any, Any] = {}
+
+        def take_state(_: object, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(given["state"])
+            return {**given, "state": {}}
+
+        groups, hook = self.param_groups, self.register_load_state_dict_pre_hook(take_state)  # it is the last one
+        try:
+            super().load_state_dict(state_dict)
+            state = interop.from_state_dict(
+                {"state": loaded, "param_groups": self._packed_groups()}, self._tensors, type(self._optimizer)
+            )
+        except BaseException:
+            self.param_groups = groups
+            raise
+        finally:
+            hook.remove()
+        given = self._given is not None and self._given == digest(loaded, self._tensors)
+        if all(of_all_ranks(given)):
             return  # accelerate gives an optimizer its own state: workers that train by now are not to lose their set
-        parameters = self._tensors
-        state = interop.from_state_dict(
-            {"state": state_dict["state"], "param_groups": self._packed_groups()}, parameters, type(self._optimizer)
-        )
         self._recreate(lambda: replace(state, groups=tuple(map(self._scheduled, state.groups))))
 
     def close(self) -> None:
@@ -176,7 +197,10 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             return
         known, group = self._names, self.param_groups[-1]
         try:
-            self._names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
+            self._names, (*_, group_name) = (
+                [*known, names_of(self.param_groups)[-1]],  # the set has those, whatever a state dict called them since
+                group_names(self.param_groups),
+            )
             added = dict(zip(self._names[-1], map(as_array, group["params"]), strict=True))
             description = GroupDescription(
                 group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))

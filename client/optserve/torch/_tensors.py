@@ -1,5 +1,9 @@
 """Gradients as what a push takes, and parameters back."""
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -32,3 +36,17 @@ def assign(tensor: torch.Tensor, array: Array) -> None:
         np.copyto(as_array(staged), array)
         with torch.no_grad():
             tensor.copy_(staged, non_blocking=True)
+
+
+def digest(state: Mapping[int, Mapping[str, Any]], parameters: Mapping[str, torch.Tensor]) -> bytes:
+    """What is another one if a state dict's state or a parameter is, on whatever device they are."""
+    found = hashlib.blake2b()
+    kept = [
+        (f"{index} {key}", value) for index, values in sorted(state.items()) for key, value in sorted(values.items())
+    ]
+    for name, value in (*kept, *parameters.items()):
+        tensor = isinstance(value, torch.Tensor)
+        found.update(f"{name} {(value.dtype, value.shape) if tensor else value}\n".encode())
+        if tensor:
+            found.update(np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data)
+    return found.digest()

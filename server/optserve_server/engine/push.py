@@ -77,10 +77,6 @@ class Push:
         samples: float = 1.0,
     ) -> None:
         self.sequence = sequence
-        self.base = base
-        self.changes = changes or {}
-        self.loss_scale = loss_scale
-        self.samples = samples
         self.refusal: Refusal | None = None
         self.digest = b""
         self.released: Callable[[], None] | None = None  # what to do once its memory is free
@@ -91,16 +87,15 @@ class Push:
         self._parameters: dict[int, int] = {}
         self._sparse: dict[int, SparseGradient] = {}
         self._values = spec.treatments if spec.buffers else {}
+        self._declared = declared
         try:
-            check_loss_scale(self.loss_scale)
-            check_samples(self.samples)
             self._resolve(declared)
-            self._check_values(declared)
         except InvalidArgument as error:
             self.refuse(error)
-            declared = ()  # nothing is made room for that was not registered
+        self.say(base=base, changes=changes, loss_scale=loss_scale, samples=samples)
+        if self.refusal is not None:
+            self._declared = declared = ()  # nothing is made room for that was not registered
         self._registered = {k: index for index, k in self._gradients.items()}
-        self._declared = declared
         self.covers = tuple(
             sorted((index, declared[k].rows is not None) for index, k in self._gradients.items() if declared)
         )
@@ -164,6 +159,28 @@ class Push:
     def parameters(self) -> dict[int, StagedTensor]:
         """Staged parameters of the caller, likewise."""
         return {index: self._staging.tensors[k] for index, k in sorted(self._parameters.items())}
+
+    def say(
+        self,
+        *,
+        base: Position | None,
+        changes: Mapping[str, Mapping[str, Any]] | None,
+        loss_scale: float,
+        samples: float,
+    ) -> None:
+        """What rides with the gradients: from now on this, whatever was said before."""
+        self.base = base
+        self.changes = changes or {}
+        self.loss_scale = loss_scale
+        self.samples = samples
+        if self.refusal is not None:
+            return
+        try:
+            check_loss_scale(loss_scale)
+            check_samples(samples)
+            self._check_values(self._declared)
+        except InvalidArgument as error:
+            self.refuse(error)
 
     def add(self, runs: Sequence[Run], data: Any, *, replace: bool) -> None:
         """Stage a chunk, unless the push is refused already."""
