@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from benchmarks.models import OPTIONS, Convolutions, Transformer, backward, loss
 from torch import nn
 
 import optserve
+import ranks
 from optimizer_table import muon_in_full_precision, torch_in_float64
-from optserve import Outcome, Sync, optim
-from optserve.torch import RemoteOptimizer
+from optserve import Outcome, Sync, optim, schedules
+from optserve.torch import RemoteOptimizer, _optimizer
 from optserve_server import Server
 
 NewId = Callable[[], str]
@@ -319,6 +321,87 @@ def test_an_optimizer_that_comes_back_goes_on(server: Server, new_id: NewId) -> 
     second = RemoteOptimizer(other.named_parameters(), server.address, set_id, optim.Adam())
     assert distance(other, model) == 0.0
     second.close()
+
+
+def test_ranks_that_resume_together_have_one_set_and_lose_no_update(
+    server: Server, new_id: NewId, tmp_path: Path
+) -> None:
+    """All of them load, and all add a group, whoever is first."""
+    parameter = nn.Parameter(torch.zeros(3))
+    saved = torch.optim.Adam([("first", parameter)], lr=0.1)
+    parameter.grad = torch.ones(3)
+    saved.step()
+    torch.save(saved.state_dict(), tmp_path / "saved.pt")
+    torch.multiprocessing.spawn(ranks.resumed, (server.address, new_id(), str(tmp_path)), nprocs=2)
+    (first, second, state), other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert [int(kept["step"]) for kept in state["state"].values()] == [5, 2]
+    torch.testing.assert_close(first, torch.full((3,), -0.4))
+    torch.testing.assert_close(second, torch.full((2,), -0.02))
+    assert torch.equal(first, other[0])
+    assert torch.equal(second, other[1])
+
+
+def test_a_state_or_parameters_that_were_changed_by_hand_are_taken(remote: Callable[..., RemoteOptimizer]) -> None:
+    model = made(Convolutions)
+    optimizer = remote("Adam", model.named_parameters(), {"lr": 0.1})
+    backward(model, 0)
+    optimizer.step()
+    given = optimizer.state_dict()
+    given["state"][0]["exp_avg"].zero_()
+    optimizer.load_state_dict(given)
+    assert not optimizer.state_dict()["state"][0]["exp_avg"].any()
+    with torch.no_grad():
+        model.head.bias.fill_(7.0)  # type: ignore[union-attr, operator]
+    optimizer.load_state_dict(given)
+    assert (optimizer.weights.pull()["head.bias"] == 7.0).all()
+
+
+def test_a_rank_hears_what_stopped_the_one_that_makes_the_set(
+    remote: Callable[..., RemoteOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = remote("SGD", made(Convolutions).named_parameters(), {"lr": 0.1})
+    monkeypatch.setattr(_optimizer, "own_rank", lambda: 1)
+    monkeypatch.setattr(_optimizer, "of_all_ranks", lambda fact: ["no room", fact] if fact == "" else [fact, fact])
+    with pytest.raises(optserve.FailedPrecondition, match="expected rank 0 to make the set anew; there, no room"):
+        optimizer.load_state_dict(local("SGD", [{"params": list(made(Convolutions).parameters())}], {}).state_dict())
+
+
+def test_what_it_gave_itself_is_there_already_when_it_is_loaded(server: Server, new_id: NewId) -> None:
+    """As accelerate does, which wraps an optimizer, while other workers train."""
+    set_id, models = new_id(), [made(Convolutions), made(Convolutions)]
+    early, late = (
+        RemoteOptimizer(model.named_parameters(), server.address, set_id, optim.Adam(lr=0.1)) for model in models
+    )
+    given = late.state_dict()
+    for step in range(2):
+        backward(models[0], step)
+        early.step()
+        late.load_state_dict({**given, "state": dict(given["state"])})
+    assert early.weights.describe().position.version == 2
+    backward(models[1], 2)
+    late.step()
+    late.load_state_dict(given)  # that was before its own step
+    assert late.weights.describe().position.version == 0
+    early.close()
+    late.close()
+
+
+def test_schedules_of_the_set_go_on_where_they_were_when_a_state_is_loaded(
+    remote: Callable[..., RemoteOptimizer],
+) -> None:
+    model, rates = made(Convolutions), []
+    schedule = schedules.Linear(1e-2, 1e-3, transition_steps=6)
+    optimizer = remote("Adam", groups_of(model, 0.5), {"lr": schedule})
+    for step in range(4):
+        if step == 2:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = remote("Adam", groups_of(model, 0.5), {"lr": schedule})
+            optimizer.load_state_dict(saved)
+        backward(model, step)
+        optimizer.step()
+        assert optimizer.receipt is not None
+        rates.append(dict(optimizer.receipt.learning_rates))
+    assert rates == [{"default": pytest.approx(1e-2 - 1.5e-3 * step), "group-1": 0.5} for step in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from optserve._client import Client
-from optserve._errors import FailedPrecondition, InvalidTransform, TensorMismatch
+from optserve._errors import FailedPrecondition, InvalidTransform, OptserveError, TensorMismatch
 from optserve._parameter_set import Changes, ParameterSet
 from optserve._results import GroupDescription, Parameters, Receipt
 from optserve._rows import RowSparse
@@ -23,6 +23,7 @@ from optserve.interop import torch as interop
 from optserve.interop._building import Array
 from optserve.interop.torch import as_array
 from optserve.optim import Optimizer
+from optserve.schedules import Schedule
 from optserve.torch._awaited import Arrival
 from optserve.torch._groups import (
     creation_groups,
@@ -33,8 +34,10 @@ from optserve.torch._groups import (
     torch_defaults,
 )
 from optserve.torch._hooks import GradientHooks
-from optserve.torch._tensors import as_gradient, assign
+from optserve.torch._ranks import of_all_ranks, own_rank
+from optserve.torch._tensors import as_gradient, assign, digest
 
+HANDLE = ("push_format", "pull_format", "replay_window_bytes")  # options of a worker's handle, not of the set
 WORTH_AWAITING = 1 << 20  # bytes of parameters: below, a thread costs more than it saves
 
 
@@ -73,6 +76,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._arrival: Arrival | None = None  # of the last step's parameters
         self._order: list[str] | None = None  # in which forward uses them, once that is known
         self._sent: dict[str, dict[str, Any]] = {}  # by group and name
+        self._schedules: dict[str, Mapping[str, Schedule]] = {}  # the set's own, by group and name
+        self._given: bytes | None = None  # the digest of the last state_dict, if no step has been made since
         self._receipt: Receipt | None = None
         self._optimizer = optimizer
         super().__init__(params, torch_defaults(optimizer))
@@ -134,6 +139,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._end_arrival()
         gradients = {name: tensor.grad for name, tensor in self._tensors.items() if tensor.grad is not None}
         if gradients:
+            self._given = None
             changes = self._changes()
             pushed = self._hooks.pushed(gradients) if self._hooks is not None else {}
             pushed = pushed or {name: as_gradient(gradient) for name, gradient in gradients.items()}
@@ -158,12 +164,15 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def state_dict(self) -> dict[str, Any]:
         """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
+        self._end_arrival()
         tensors = list(self._tensors.values())
         state = interop.state_dict(self.weights.state(), *self._names)["state"]
         kept = {tensors[index]: values for index, values in state.items()}
         self.state.update(kept)
         try:
-            return dict(super().state_dict())
+            given = dict(super().state_dict())
+            self._given = digest(given["state"], self._tensors)
+            return given
         finally:
             for tensor in kept:
                 self.state.pop(tensor, None)
@@ -171,7 +180,9 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what this or a `torch.optim` optimizer has saved, with the present parameters: the set is made anew.
 
-        Other workers of the set are to attach again. Raises InvalidState, and then nothing has changed.
+        What this one gave after its last step is there already, so that nothing is done. With `torch.distributed`, all ranks
+        are to load, and one of them makes the set; other workers are to attach again. Raises InvalidState, and then nothing has
+        changed.
         """
         loaded: dict[Any, Any] = {}
 
@@ -190,7 +201,10 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             raise
         finally:
             hook.remove()
-        self._recreate(state)
+        given = self._given is not None and self._given == digest(loaded, self._tensors)
+        if all(of_all_ranks(given)):
+            return  # accelerate gives an optimizer its own state: workers that train by now are not to lose their set
+        self._recreate(lambda: replace(state, groups=tuple(map(self._scheduled, state.groups))))
 
     def close(self) -> None:
         """End the connection, if the optimizer has made it."""
@@ -203,31 +217,26 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             self._client.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; once there is a set, it is made anew with more tensors, so that other workers are to attach again."""
+        """As in torch; once there is a set, it is made anew with more tensors, as by `load_state_dict`."""
         super().add_param_group(param_group)
         if self._weights is None:
             return
-        state, group = self._weights.state(), self.param_groups[-1]
+        known, group = self._names, self.param_groups[-1]
         try:
-            names, (*_, group_name) = names_of(self.param_groups), group_names(self.param_groups)
-            names[:-1] = self._names  # which the set has, whatever a state dict called them since
-            added = dict(zip(names[-1], map(as_array, group["params"]), strict=True))
+            self._names, (*_, group_name) = (
+                [*known, names_of(self.param_groups)[-1]],  # the set has those, whatever a state dict called them since
+                group_names(self.param_groups),
+            )
+            added = dict(zip(self._names[-1], map(as_array, group["params"]), strict=True))
             description = GroupDescription(
                 group_name, tuple(added), self._optimizer.at(0).replace(**hyperparameters_of(group, self._optimizer))
             )
-            specs = {name: TensorSpec.of(name, array) for name, array in added.items()}
-            state = replace(
-                state,
-                tensors=(*state.tensors, *specs.values()),
-                groups=(*state.groups, description),
-                parameters={**state.parameters, **added},
-                steps={**state.steps, **dict.fromkeys(added, 0)},
-            )
+            specs = [TensorSpec.of(name, array) for name, array in added.items()]
+            self._recreate(lambda: _extended(self.weights.state(), description, specs, added))
         except BaseException:
+            self._names = known
             self.param_groups.pop()
             raise
-        self._names = names
-        self._recreate(state)
 
     @property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -238,9 +247,33 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             for name, tensor in zip(names, group["params"], strict=True)
         }
 
-    def _recreate(self, state: State) -> None:
-        self.weights.delete()
-        self._attach(self._client.create_parameter_set(self._id, state, client_id=self._client_id, **self._creation))
+    def _recreate(self, made: Callable[[], State]) -> None:
+        """Make the set anew; of ranks that have the same one, the first makes it for all, when none pushes any more."""
+        incarnations = of_all_ranks(self.weights.describe().position.incarnation)
+        first, failure = incarnations.index(incarnations[own_rank()]), None
+        if first == own_rank():
+            try:
+                state = made()
+                self.weights.delete()
+                created = self._client.create_parameter_set(
+                    self._id, state, client_id=self._client_id, **self._creation
+                )
+            except OptserveError as error:
+                failure = error
+        failures = of_all_ranks(str(failure or ""))
+        if failure is not None:
+            raise failure
+        if failures[first]:
+            raise FailedPrecondition(f"expected rank {first} to make the set anew; there, {failures[first]}")
+        if first != own_rank():
+            self.weights.close()
+            options = {name: value for name, value in self._creation.items() if name in HANDLE}
+            created = self._client.parameter_set(self._id, client_id=self._client_id, **options)
+        self._attach(created)
+
+    def _scheduled(self, group: GroupDescription) -> GroupDescription:
+        """The group with the schedules that it follows on the server."""
+        return replace(group, optimizer=group.optimizer.replace(**self._schedules.get(group.name, {})))
 
     def _attach(self, weights: ParameterSet) -> None:
         """Take over a set: what its groups have is known to be sent."""
@@ -252,6 +285,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             stage = weights.stage
             self._hooks = GradientHooks(self._tensors, lambda gradients, expected: stage(gradients, expected=expected))
         description = weights.describe()
+        self._schedules = {group.name: group.schedules for group in description.groups}
         self._sent = {
             group.name: {
                 name: value for name, value in group.optimizer.hyperparameters.items() if name not in group.schedules
@@ -337,6 +371,19 @@ def _clipping(max_norm: float, **creation: Any) -> dict[str, Any]:
             f"expected either max_norm or transforms that clip; got {max_norm:g} and {transforms.clip}"
         )
     return {**creation, "transforms": replace(transforms, clip=ClipGlobalNorm(max_norm))}
+
+
+def _extended(
+    state: State, group: GroupDescription, tensors: Sequence[TensorSpec], parameters: Mapping[str, Array]
+) -> State:
+    """The state with a group of tensors more, which have had no update."""
+    return replace(
+        state,
+        tensors=(*state.tensors, *tensors),
+        groups=(*state.groups, group),
+        parameters={**state.parameters, **parameters},
+        steps={**state.steps, **dict.fromkeys(parameters, 0)},
+    )
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

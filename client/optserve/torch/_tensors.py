@@ -1,5 +1,7 @@
 """Gradients as what a push takes, and parameters back."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,3 +66,17 @@ def assign(tensor: torch.Tensor, array: Array) -> None:
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         np.copyto(as_array(staged), array)
         tensor.copy_(staged, non_blocking=True)
+
+
+def digest(state: Mapping[int, Mapping[str, Any]], parameters: Mapping[str, torch.Tensor]) -> bytes:
+    """What is another one if a state dict's state or a parameter is, on whatever device they are."""
+    found = hashlib.blake2b()
+    kept = [
+        (f"{index} {key}", value) for index, values in sorted(state.items()) for key, value in sorted(values.items())
+    ]
+    for name, value in (*kept, *parameters.items()):
+        tensor = isinstance(value, torch.Tensor)
+        found.update(f"{name} {(value.dtype, value.shape) if tensor else value}\n".encode())
+        if tensor:
+            found.update(np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data)
+    return found.digest()
