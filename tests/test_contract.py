@@ -223,7 +223,7 @@ STREAM_ERRORS: dict[str, tuple[list[Any], str, str]] = {
     ),
     "commit without push": ([opening, lambda _: step_pb2.StepRequest(commit=True)], "FAILED_PRECONDITION", "MESSAGE_ORDER"),
     "push inside a push": (
-        [opening, lambda _: step_pb2.StepRequest(push=pushing(1)), lambda _: step_pb2.StepRequest(push=pushing(1))],
+        [opening, lambda _: step_pb2.StepRequest(push=pushing(1)), lambda _: step_pb2.StepRequest(push=pushing(2))],
         "FAILED_PRECONDITION", "MESSAGE_ORDER",
     ),
     "gap in the sequence": ([opening, lambda _: whole_push(2)], "FAILED_PRECONDITION", "SEQUENCE_GAP"),

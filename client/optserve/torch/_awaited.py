@@ -89,14 +89,14 @@ class Arrival:
         self._over = False
         _arrivals.add(self)
         for tensor in tensors.values():
-            torch.autograd.graph.increment_version(
-                tensor
-            )  # who used one before, for a backward to come, should hear of it
+            torch.autograd.graph.increment_version(tensor)  # who has kept one for a backward to come should hear of it
             _arrival_of[id(tensor)] = self
             tensor.__class__ = Awaited
 
     def decided(self, receipt: Receipt) -> None:
-        """The push has a receipt, after which the step may return."""
+        """The push has a receipt, after which the step may return; or raise, if it was refused, once that has come here."""
+        if receipt.refused:
+            return
         with self._changed:
             self._receipt = receipt
             self._changed.notify_all()
