@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: its idle threads spin otherwise
 
-from benchmarks import crash, crowd, distance, durability, failover, policies, rules, staleness, wan, wire
+from benchmarks import crash, crowd, distance, durability, failover, policies, rules, staleness, torch_step, wan, wire
 
 TRAINING: Mapping[str, Callable[..., None]] = {
     "wan": wan.run,
@@ -15,6 +15,7 @@ TRAINING: Mapping[str, Callable[..., None]] = {
     "policies": policies.run,
     "crash": crash.run,
     "distance": distance.run,
+    "torch": torch_step.run,
 }
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure; by default everything.")

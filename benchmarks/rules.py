@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Timing, interleaved, keep
+from benchmarks.tables import within_quartiles
 from benchmarks.units import count, duration
 from optserve import ClipGlobalNorm, ClipValue, TensorSpec, Transforms, optim
 from optserve._specification import BLOCK, ParameterSetSpec, Run
@@ -229,13 +230,8 @@ def _of_roofline(timing: Timing, roofline: Timing, moved: int) -> tuple[float, f
 def _row(timings: Mapping[str, Timing], figures: Mapping[str, Any]) -> list[str]:
     row = [str(figures["bytes_per_parameter"]["update"])]
     for each in ("update", "step"):
-        row += [duration(timings[each].median), _quartiles(figures["of_roofline"][each])]
-    return [*row, _quartiles(figures["torch_over_update"]) if "torch" in timings else "—"]
-
-
-def _quartiles(ratio: tuple[float, float, float]) -> str:
-    low, median, high = ratio
-    return f"{median:.2f} ({low:.2f}–{high:.2f})"
+        row += [duration(timings[each].median), within_quartiles(figures["of_roofline"][each])]
+    return [*row, within_quartiles(figures["torch_over_update"]) if "torch" in timings else "—"]
 
 
 def _denormals(gradient: np.ndarray, threads: Threads, rounds: int) -> dict[str, Any]:
@@ -248,5 +244,5 @@ def _denormals(gradient: np.ndarray, threads: Threads, rounds: int) -> dict[str,
         denormal.fill(DENORMAL)
         timings = interleaved({"normal": normal.updater(), "denormal": denormal.updater()}, rounds)
         figures[name] = timings["denormal"].ratio(timings["normal"])
-        Console().print(f"{name}: denormals ÷ normal numbers {_quartiles(figures[name])}")
+        Console().print(f"{name}: denormals ÷ normal numbers {within_quartiles(figures[name])}")
     return figures

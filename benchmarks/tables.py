@@ -57,5 +57,11 @@ def spread(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
+def within_quartiles(ratio: Sequence[float]) -> str:
+    """A ratio, given between its quartiles."""
+    low, median, high = ratio
+    return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
 def _median(timing: Timing | Missing) -> str:
     return "—" if isinstance(timing, Missing) else duration(timing.median)

@@ -2,10 +2,10 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks import tables, wire
+from benchmarks import tables, torch_step, wire
 from benchmarks.measure import RESULTS, Results, Timing
 from benchmarks.units import count, duration
 from rich.table import Table
@@ -53,20 +53,45 @@ def _results() -> Results:
 def _rules() -> Iterator[str]:
     yield from _head("rule", "bytes", "update", "of roofline", "with the guard, of roofline", "torch ÷ update")
     for name, found in _kept("rules")["figures"]["rules"].items():
-        torch = _quartiles(found["torch_over_update"]) if "torch_over_update" in found else "—"
-        rooflines = [_quartiles(found["of_roofline"][each]) for each in ("update", "step")]
+        torch = tables.within_quartiles(found["torch_over_update"]) if "torch_over_update" in found else "—"
+        rooflines = [tables.within_quartiles(found["of_roofline"][each]) for each in ("update", "step")]
         median = duration(statistics.median(found["seconds"]["update"]))
         yield _row(name, found["bytes_per_parameter"]["update"], median, *rooflines, torch)
+
+
+def _torch_here() -> Iterator[str]:
+    return _markdown(torch_step.shown(_kept("torch_step")["figures"]["host"]))
+
+
+def _torch_link() -> Iterator[str]:
+    figures = _kept("torch_step")["figures"]["link"]
+    yield from _markdown(torch_step.shown(figures))
+    yield ""
+    yield torch_step.hiding(figures)
+
+
+def _torch_here() -> Iterator[str]:
+    return _markdown(torch_step.shown(_kept("torch_step")["figures"]["host"]))
+
+
+def _torch_link() -> Iterator[str]:
+    figures = _kept("torch_step")["figures"]["link"]
+    yield from _markdown(torch_step.shown(figures))
+    yield ""
+    yield torch_step.hiding(figures)
 
 
 def _durability() -> Iterator[str]:
     figures = _kept("durability")["figures"]
     made = figures["checkpoints"]
     yield from _head("", "ratio of medians (quartiles)")
-    yield _row("rate of a checkpoint ÷ rate of the disk", _quartiles(made["of_disk"]))
-    yield _row("median step beside a checkpoint ÷ alone", _quartiles(made["beside_over_alone"]))
-    yield _row("worst step beside one ÷ (a step + state ÷ 8 GB/s)", _quartiles(made["worst_over_allowed"]))
-    yield _row("start of a server ÷ (2 s + reading its files)", _quartiles(figures["restarts"]["full_over_allowed"]))
+    yield _row("rate of a checkpoint ÷ rate of the disk", tables.within_quartiles(made["of_disk"]))
+    yield _row("median step beside a checkpoint ÷ alone", tables.within_quartiles(made["beside_over_alone"]))
+    yield _row("worst step beside one ÷ (a step + state ÷ 8 GB/s)", tables.within_quartiles(made["worst_over_allowed"]))
+    yield _row(
+        "start of a server ÷ (2 s + reading its files)",
+        tables.within_quartiles(figures["restarts"]["full_over_allowed"]),
+    )
 
 
 def _journals() -> Iterator[str]:
@@ -84,13 +109,8 @@ def _standby() -> Iterator[str]:
 
 TABLES = {
     each.__name__.removeprefix("_"): each
-    for each in (_machine, _steps, _ratios, _notes, _rules, _durability, _journals, _standby)
+    for each in (_machine, _steps, _ratios, _notes, _rules, _torch_here, _torch_link, _durability, _journals, _standby)
 }
-
-
-def _quartiles(ratio: Sequence[float]) -> str:
-    low, median, high = ratio
-    return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
 def _markdown(shown: Table) -> Iterator[str]:

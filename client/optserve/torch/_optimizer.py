@@ -53,6 +53,10 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     no optimizer state: `state_dict` asks the server for it, in the form of the `torch.optim` optimizer of the same name, and
     `load_state_dict` takes what either has saved. Under torchrun, the worker's name is its rank (`RANK`).
 
+    With `overlap`, gradients are sent while backward computes others, and parameters come back while the script goes on: each
+    torch function that reads one waits for it. `max_norm` clips gradients on the server, by their global norm; to do so in the
+    script after backward makes them travel twice.
+
     Raises what `create_parameter_set` raises.
     """
 
