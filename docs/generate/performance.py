@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import tables, torch_step, wire
 from benchmarks.measure import RESULTS, Results, Timing
+from benchmarks.tables import within_quartiles
 from benchmarks.units import count, duration
 from rich.table import Table
 
@@ -53,21 +54,10 @@ def _results() -> Results:
 def _rules() -> Iterator[str]:
     yield from _head("rule", "bytes", "update", "of roofline", "with the guard, of roofline", "torch ÷ update")
     for name, found in _kept("rules")["figures"]["rules"].items():
-        torch = tables.within_quartiles(found["torch_over_update"]) if "torch_over_update" in found else "—"
-        rooflines = [tables.within_quartiles(found["of_roofline"][each]) for each in ("update", "step")]
+        torch = within_quartiles(found["torch_over_update"]) if "torch_over_update" in found else "—"
+        rooflines = [within_quartiles(found["of_roofline"][each]) for each in ("update", "step")]
         median = duration(statistics.median(found["seconds"]["update"]))
         yield _row(name, found["bytes_per_parameter"]["update"], median, *rooflines, torch)
-
-
-def _torch_here() -> Iterator[str]:
-    return _markdown(torch_step.shown(_kept("torch_step")["figures"]["host"]))
-
-
-def _torch_link() -> Iterator[str]:
-    figures = _kept("torch_step")["figures"]["link"]
-    yield from _markdown(torch_step.shown(figures))
-    yield ""
-    yield torch_step.hiding(figures)
 
 
 def _torch_here() -> Iterator[str]:
@@ -85,12 +75,11 @@ def _durability() -> Iterator[str]:
     figures = _kept("durability")["figures"]
     made = figures["checkpoints"]
     yield from _head("", "ratio of medians (quartiles)")
-    yield _row("rate of a checkpoint ÷ rate of the disk", tables.within_quartiles(made["of_disk"]))
-    yield _row("median step beside a checkpoint ÷ alone", tables.within_quartiles(made["beside_over_alone"]))
-    yield _row("worst step beside one ÷ (a step + state ÷ 8 GB/s)", tables.within_quartiles(made["worst_over_allowed"]))
+    yield _row("rate of a checkpoint ÷ rate of the disk", within_quartiles(made["of_disk"]))
+    yield _row("median step beside a checkpoint ÷ alone", within_quartiles(made["beside_over_alone"]))
+    yield _row("worst step beside one ÷ (a step + state ÷ 8 GB/s)", within_quartiles(made["worst_over_allowed"]))
     yield _row(
-        "start of a server ÷ (2 s + reading its files)",
-        tables.within_quartiles(figures["restarts"]["full_over_allowed"]),
+        "start of a server ÷ (2 s + reading its files)", within_quartiles(figures["restarts"]["full_over_allowed"])
     )
 
 
