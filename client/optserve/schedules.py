@@ -360,7 +360,7 @@ class WarmRestarts(Schedule):
 class OneCycle(Schedule):
     """Up to a peak and down to almost nothing, as `torch.optim.lr_scheduler.OneCycleLR`, there with `peak_value` as `max_lr`.
 
-        I = P/`div_factor`,  E = I/`final_div_factor`,  u = `pct_start` T − 1
+        I = P/div_factor,  E = I/final_div_factor,  u = pct_start·T − 1
         from I at t = 0 to P at t = u, to E at t = T − 1, and E from there on
 
     along half a cosine each, or a line. With `three_phase` it is at I again at t = 2u. Momentum does not follow by itself.

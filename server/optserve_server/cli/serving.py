@@ -26,7 +26,7 @@ DEFAULT_OPTIMIZER = OptimizerName("Adam")
 def serve(
     listen: Annotated[
         str,
-        typer.Option(envvar="OPTSERVE_LISTEN", help="host:port, [ipv6]:port or unix:/path; port 0 takes a free one."),
+        typer.Option(envvar="OPTSERVE_LISTEN", help="host:port, \\[ipv6]:port or unix:/path; port 0 takes a free one."),
     ] = DEFAULT.listen,
     data_dir: Annotated[
         Path | None, typer.Option(envvar="OPTSERVE_DATA_DIR", help="Where checkpoints are kept; without, memory only.")
