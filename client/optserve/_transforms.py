@@ -51,7 +51,7 @@ def _check_convention(value: Any) -> None:
 class ClipGlobalNorm:
     """Scale all gradients of an update down until their Euclidean norm N together is at most `max_norm`.
 
-        g ← g · min(1, max_norm / (N + ε))        ε = 1e-6 as in torch's `clip_grad_norm_`; 0 by convention of optax or keras
+    g ← g · min(1, max_norm / (N + ε))        ε = 1e-6 as in torch's `clip_grad_norm_`; 0 by convention of optax or keras
     """
 
     max_norm: float

@@ -141,13 +141,12 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             with torch.enable_grad():
                 loss = closure()
         self._end_arrival()
-        gradients = {name: tensor.grad for name, tensor in self._tensors.items() if tensor.grad is not None}
+        tensors = self._tensors
+        gradients = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
         if gradients:
             self._given = None
             changes = self._changes()
-            pushed = self._hooks.pushed(gradients) if self._hooks is not None else {}
-            pushed = pushed or {name: as_gradient(gradient) for name, gradient in gradients.items()}
-            self._receipt = self._exchange(pushed, changes)
+            self._receipt = self._exchange(tensors, self._pushed(gradients), changes)
             for group, values in changes.items():
                 self._sent[group].update(values)
         return loss
@@ -308,9 +307,16 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
                 changes[name] = changed
         return changes
 
-    def _exchange(self, gradients: Mapping[str, Array | RowSparse], changes: Changes) -> Receipt | None:
+    def _pushed(self, gradients: Mapping[str, torch.Tensor]) -> Mapping[str, Array | RowSparse]:
+        """Gradients as a push takes them; with overlap, most of them are on the server already."""
+        if self._hooks is not None:
+            return self._hooks.pushed(gradients)
+        return {name: as_gradient(gradient) for name, gradient in gradients.items()}
+
+    def _exchange(
+        self, tensors: Mapping[str, torch.Tensor], gradients: Mapping[str, Array | RowSparse], changes: Changes
+    ) -> Receipt | None:
         """Push and pull; parameters that are worth it come back while the script goes on."""
-        tensors = self._tensors
         awaitable = all(type(tensor) is torch.nn.Parameter for tensor in tensors.values())
         if not (self._overlap and awaitable and sum(map(_nbytes, tensors.values())) >= WORTH_AWAITING):
             pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
