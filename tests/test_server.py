@@ -156,10 +156,10 @@ def test_a_push_in_flight_is_finished_and_kept_when_the_server_stops(tmp_path: P
         send = stream.send
 
         def held(frames: Iterable[Any]) -> Iterator[Any]:
-            first, *rest = frames
-            yield first
-            go_on.wait()
-            yield from rest
+            for frame in frames:
+                yield frame
+                if frame.payload is not None:  # a heartbeat has none
+                    go_on.wait()
 
         stream.send = lambda frames: send(held(frames))  # type: ignore[method-assign]
         gate = server._service.pushes

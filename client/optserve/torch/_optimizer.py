@@ -174,7 +174,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self.state.update(kept)
         try:
             given = dict(super().state_dict())
-            self._given = digest(given["state"], self._tensors)
+            self._given = digest(given["state"], self._packed_groups(), self._tensors)
             return given
         finally:
             for tensor in kept:
@@ -204,7 +204,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             raise
         finally:
             hook.remove()
-        given = self._given is not None and self._given == digest(loaded, self._tensors)
+        given = self._given is not None and self._given == digest(loaded, self._packed_groups(), self._tensors)
         if all(of_all_ranks(given)):
             return  # accelerate gives an optimizer its own state: workers that train by now are not to lose their set
         self._recreate(lambda: replace(state, groups=tuple(map(self._scheduled, state.groups))))

@@ -1,7 +1,7 @@
 """Gradients as what a push takes, and parameters back."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,15 +68,24 @@ def assign(tensor: torch.Tensor, array: Array) -> None:
         tensor.copy_(staged, non_blocking=True)
 
 
-def digest(state: Mapping[int, Mapping[str, Any]], parameters: Mapping[str, torch.Tensor]) -> bytes:
-    """What is another one if a state dict's state or a parameter is, on whatever device they are."""
+def digest(*values: Any) -> bytes:
+    """What is another one if a number or a tensor among nested values is, on whatever device tensors are."""
     found = hashlib.blake2b()
-    kept = [
-        (f"{index} {key}", value) for index, values in sorted(state.items()) for key, value in sorted(values.items())
-    ]
-    for name, value in (*kept, *parameters.items()):
-        tensor = isinstance(value, torch.Tensor)
-        found.update(f"{name} {(value.dtype, value.shape) if tensor else value}\n".encode())
-        if tensor:
-            found.update(np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data)
+    for part in _parts(values):
+        found.update(part)
     return found.digest()
+
+
+def _parts(value: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)};".encode()
+        yield np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield f"{key!r}:".encode()
+            yield from _parts(value[key])
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _parts(each)
+    else:
+        yield f"{value!r};".encode()
