@@ -30,7 +30,7 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def run_as(example: str, *arguments: str, **environment: str) -> str:
     """What an example prints in a process of its own."""
     command = [sys.executable, str(EXAMPLES / f"{example}.py"), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, env=os.environ | environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=220, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -117,6 +117,7 @@ def test_lightning_leads_where_it_leads_with_the_local_optimizer(example: Any, t
     assert farthest(*models) < 1e-4
 
 
+@pytest.mark.timeout(240)  # Ray starts a dozen processes
 def test_workers_of_ray_train_learn_together() -> None:
     quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     found = re.search(
