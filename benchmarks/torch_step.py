@@ -109,17 +109,22 @@ def shown(found: Mapping[str, Any]) -> Table:
 
 def hiding(found: Mapping[str, Any]) -> str:
     """What overlap is for."""
+    low, median, high = (duration(seconds) if seconds > 0 else f"−{duration(-seconds)}" for seconds in found["hidden"])
+    waited, computed = (
+        duration(Timing(tuple(turn[phase] for turn in found["turns"][name])).median)
+        for name, phase in ((NO_OVERLAP, "step"), (LOCAL, "backward"))
+    )
     return (
-        f"Over TCP, overlap takes away {within_quartiles(found['hidden'])} of what a whole step takes longer than torch's, "
-        "in medians and quartiles of the rounds."
+        f"Over TCP, overlap shortens a whole step by {median} ({low} to {high}); without it, `step()` is waited for {waited}, "
+        f"and forward and backward, behind which that could hide, take {computed} with torch's optimizer."
     )
 
 
 def hidden(turns: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[float, float, float]:
-    """How much of what a step takes longer than torch's without overlap, it does not with it: quartiles and median."""
-    whole = [[each["whole"] for each in turns[name]] for name in (LOCAL, OVERLAPPED, NO_OVERLAP)]
-    shares = sorted((late - early) / (late - local) for local, early, late in zip(*whole, strict=True))
-    return shares[len(shares) // 4], shares[len(shares) // 2], shares[-1 - len(shares) // 4]
+    """Seconds by which overlap shortens a whole step over TCP: the median of the rounds, between their quartiles."""
+    late, early = ([turn["whole"] for turn in turns[name]] for name in (NO_OVERLAP, OVERLAPPED))
+    seconds = sorted(one - other for one, other in zip(late, early, strict=True))
+    return seconds[len(seconds) // 4], seconds[len(seconds) // 2], seconds[-1 - len(seconds) // 4]
 
 
 def _figures(text: str) -> dict[str, Any]:

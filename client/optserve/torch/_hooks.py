@@ -20,11 +20,11 @@ Stage = Callable[[Mapping[str, Array], Sequence[str]], None]
 
 
 class Taken(NamedTuple):
-    """A gradient as it was when it was staged, and what was sent of it."""
+    """A gradient as it was after its hook, and what was sent of it, if anything was."""
 
     gradient: torch.Tensor
     version: int
-    array: Array
+    array: Array | None
 
     def is_still(self, gradient: torch.Tensor) -> bool:
         """Whether this is that gradient, and nothing has written to it since that torch knows of."""
@@ -34,8 +34,8 @@ class Taken(NamedTuple):
 class GradientHooks:
     """Stages each gradient once backward has accumulated it, in buckets, which fill in the reverse order of use.
 
-    What a step will have is taken to be what the step before had, from as many backward passes. Autograd calls from a thread of
-    each device.
+    What a step will have is taken to be what the step before had, from as many backward passes; what was changed there after
+    its hook, as by clipping, is taken to be changed again, and not sent. Autograd calls from a thread of each device.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], stage: Stage) -> None:
@@ -43,6 +43,7 @@ class GradientHooks:
         self._lock = threading.Lock()
         self._paused = False
         self._expected: list[str] = []
+        self._steady: set[str] = set()  # what was not changed after its hook
         self._passes = 1
         self._counts: Counter[str] = Counter()
         self._bucket: dict[str, Array] = {}
@@ -68,16 +69,19 @@ class GradientHooks:
         """What a step pushes of these gradients; those that were staged, and have changed since, are staged again."""
         with self._lock:
             self._send()
-            pushed: dict[str, Array | RowSparse] = {}
-            changed: dict[str, Array] = {}
-            for name, gradient in gradients.items():
-                taken = self._taken.get(name)
-                if taken is not None and taken.is_still(gradient):
-                    pushed[name] = taken.array
-                    continue
-                array = pushed[name] = as_gradient(gradient)
-                if taken is not None and not isinstance(array, RowSparse):
-                    changed[name] = array
+            taken = {name: self._taken[name] for name in gradients if name in self._taken}
+            still = {name for name, each in taken.items() if each.is_still(gradients[name])}
+            self._steady = self._steady - set(taken) | still
+            staged = {name: each.array for name, each in taken.items() if each.array is not None}
+            pushed = {
+                name: staged[name] if name in staged and name in still else as_gradient(gradient)
+                for name, gradient in gradients.items()
+            }
+            changed = {
+                name: array
+                for name, array in pushed.items()
+                if name in staged and name not in still and not isinstance(array, RowSparse)
+            }
             if changed:
                 self._stage(changed, self._expected)
             self._expect(pushed)
@@ -94,12 +98,11 @@ class GradientHooks:
                 return
             self._counts[name] += 1
             gradient = tensor.grad
-            if name not in self._expected or self._counts[name] < self._passes or gradient is None:
+            if gradient is None or gradient.layout != torch.strided or self._counts[name] < self._passes:
                 return
-            if gradient.layout != torch.strided:
-                return
-            array = self._copies.begin(name, gradient)
-            self._bucket[name] = array
+            array = None
+            if name in self._steady and name in self._expected:
+                array = self._bucket[name] = self._copies.begin(name, gradient)
             self._taken[name] = Taken(gradient, gradient._version, array)
             if sum(each.nbytes for each in self._bucket.values()) >= BUCKET:
                 self._send()
