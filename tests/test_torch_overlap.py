@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.models import Convolutions, Transformer, backward, made
+from benchmarks.models import Convolutions, Transformer, backward, inputs_of, made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -296,6 +296,32 @@ def test_parameters_are_asked_for_in_the_order_of_their_use(
     assert asked[1] == asked[2] == ["first.weight", "first.bias", "last.weight", "last.bias"]
 
 
+@pytest.fixture
+def compiler() -> Iterator[Any]:
+    """What counts compiled graphs in this process; from none to none."""
+    from torch._dynamo import reset, utils
+
+    utils.counters.clear()
+    yield utils.counters
+    reset()
+    utils.counters.clear()
+
+
+def test_a_compiled_model_is_compiled_once_and_its_gradients_overlap(
+    optimizer: RemoteOptimizer, model: nn.Module, staged: list[str], compiler: Any
+) -> None:
+    compiled = torch.compile(model, backend="eager")
+    for step in range(STEPS):
+        staged.clear()
+        optimizer.zero_grad()
+        inputs, classes = inputs_of(model, step)
+        torch.nn.functional.cross_entropy(compiled(inputs), classes).backward()
+        optimizer.step()
+    assert len(staged) == len(names_of(model))
+    assert compiler["stats"]["unique_graphs"] == 1
+    assert not compiler["graph_break"]
+
+
 class TestAwaited:
     """Parameters of which the elements come when somebody waits for them, and not before: reads the old ones who does not."""
 
@@ -379,6 +405,7 @@ class TestAwaited:
         assert weight.tolist() == [5.0] * 3
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.usefixtures("compiler")
     def test_compiled(self, backend: str, weight: nn.Parameter) -> None:
         def double(inputs: torch.Tensor) -> torch.Tensor:
             return inputs * weight

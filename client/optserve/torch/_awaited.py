@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,6 +162,16 @@ class Arrival:
         if type(tensor) is Awaited:
             _arrival_of.pop(id(tensor), None)
             tensor.__class__ = torch.nn.Parameter
+
+
+def may_be_awaited(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether these can be something else for a while: not subclasses, and not where `torch.compile` has compiled anything.
+
+    What it compiles is chosen by the classes of parameters, and would be compiled once more, in pieces.
+    """
+    compiler = sys.modules.get("torch._dynamo.utils")
+    compiled = compiler is not None and compiler.counters["stats"]["unique_graphs"] > 0
+    return not compiled and all(type(tensor) is torch.nn.Parameter for tensor in tensors)
 
 
 def _wait_for(values: Any) -> None:

@@ -24,7 +24,7 @@ from optserve.interop._building import Array
 from optserve.interop.torch import as_array
 from optserve.optim import Optimizer
 from optserve.schedules import Schedule
-from optserve.torch._awaited import Arrival
+from optserve.torch._awaited import Arrival, may_be_awaited
 from optserve.torch._groups import (
     creation_groups,
     group_names,
@@ -317,8 +317,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self, tensors: Mapping[str, torch.Tensor], gradients: Mapping[str, Array | RowSparse], changes: Changes
     ) -> Receipt | None:
         """Push and pull; parameters that are worth it come back while the script goes on."""
-        awaitable = all(type(tensor) is torch.nn.Parameter for tensor in tensors.values())
-        if not (self._overlap and awaitable and sum(map(_nbytes, tensors.values())) >= WORTH_AWAITING):
+        large = sum(map(_nbytes, tensors.values())) >= WORTH_AWAITING
+        if not (self._overlap and large and may_be_awaited(tensors.values())):
             pulled = self.weights.step(gradients, hyperparameters=changes, copy=False)
             self._take(pulled)
             return pulled.receipt
