@@ -15,7 +15,7 @@ import optserve
 import ranks
 from optimizer_table import muon_in_full_precision, torch_in_float64
 from optserve import Outcome, Sync, optim, schedules
-from optserve.torch import RemoteOptimizer, _optimizer
+from optserve.torch import RemoteOptimizer, _hooks, _optimizer
 from optserve_server import Server
 
 NewId = Callable[[], str]
@@ -72,8 +72,8 @@ def trained(
     *,
     steady: bool = False,
 ) -> nn.Module:
-    """After a loop with all that loops have: a scheduler, unless the rates are to be steady, clipping, gradients that are
-    missing, and an exchange of the optimizer for another one, twice."""
+    """After a loop with all that loops have: a scheduler, unless the rates are to be steady, clipping now and then, gradients
+    that are missing, and an exchange of the optimizer for another one, twice."""
 
     def share(step: int) -> float:
         return 1.0 if steady else 1.0 / (1.0 + step / STEPS)
@@ -88,7 +88,8 @@ def trained(
         backward(model, step)
         if step % 5 == 4:
             next(model.parameters()).grad = None
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if step % 4 < 2:  # so that in some steps gradients are changed that were sent ahead
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
     return model
@@ -113,27 +114,32 @@ def float64() -> Iterator[None]:
 @pytest.mark.parametrize("kind", [Convolutions, Transformer])
 @pytest.mark.parametrize("name", SHARED)
 def test_a_loop_leads_where_it_leads_with_the_local_optimizer(
-    name: str, kind: type[nn.Module], remote: Callable[..., RemoteOptimizer]
+    name: str, kind: type[nn.Module], remote: Callable[..., RemoteOptimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, with groups, a scheduler, clipping, and gradients that are missing; on the way, the optimizer goes from the
-    server to this process and back."""
+    server to this process and back. With overlap and without, it leads to the same bits."""
+    monkeypatch.setattr(_hooks, "BUCKET", 1 << 9)
+    monkeypatch.setattr(_optimizer, "WORTH_AWAITING", 0)
     options, steady = OPTIONS.get(name, {"lr": 1e-2}), name in FIXED
     rate = options["lr"] * (1.0 if steady else 0.5)
     expected = made(kind)
     trained(expected, local(name, groups_of(expected, rate), options), steady=steady)
-    model = made(kind)
 
-    def exchanged(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        saved = copy.deepcopy(optimizer.state_dict())
-        groups = groups_of(model, rate)
-        other = (
-            local(name, groups, options) if isinstance(optimizer, RemoteOptimizer) else remote(name, groups, options)
-        )
-        other.load_state_dict(saved)
-        return other
+    def led(*, overlap: bool) -> nn.Module:
+        model = made(kind)
 
-    trained(model, remote(name, groups_of(model, rate), options), exchanged, steady=steady)
-    assert distance(model, expected) < 1e-9
+        def exchanged(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+            saved, groups = copy.deepcopy(optimizer.state_dict()), groups_of(model, rate)
+            here = isinstance(optimizer, RemoteOptimizer)
+            other = local(name, groups, options) if here else remote(name, groups, options, overlap=overlap)
+            other.load_state_dict(saved)
+            return other
+
+        return trained(model, remote(name, groups_of(model, rate), options, overlap=overlap), exchanged, steady=steady)
+
+    overlapped = led(overlap=True)
+    assert distance(overlapped, expected) < 1e-9
+    assert distance(led(overlap=False), overlapped) == 0
 
 
 @pytest.mark.usefixtures("float64")

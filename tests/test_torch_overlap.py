@@ -210,16 +210,28 @@ def test_what_was_changed_after_backward_is_sent_again(
 def test_what_only_accumulates_is_not_sent(
     says: bool, model: nn.Module, optimizer: RemoteOptimizer, staged: list[str]
 ) -> None:
-    """If the script says so; and if it does not, once a step has been seen."""
+    """If the script says so, however often; if it does not, once a step has been seen, and as long as others are like that."""
     for step in range(STEPS):
         staged.clear()
         optimizer.zero_grad()
-        for micro in range(2):
+        for micro in range(2 + (step % 3 if says else 0)):
             with optimizer.no_push() if says else torch.enable_grad():
                 backward(model, 10 * step + micro)
-        backward(model, 10 * step + 2)
+        backward(model, 10 * step + 9)
         optimizer.step()
         assert sorted(staged) == sorted(names_of(model) * bool(step))
+
+
+def test_nothing_is_sent_ahead_of_rows(tcp_client: optserve.Client, new_id: NewId, staged: list[str]) -> None:
+    """Which rows an embedding's gradient will have is not known, and a push says what it has before it has anything."""
+    model = nn.Sequential(nn.Embedding(100, 16, sparse=True), nn.Linear(16, 16))
+    optimizer = RemoteOptimizer(model.named_parameters(), tcp_client, new_id(), optim.SGD(lr=0.1))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.tensor([step, step + 1])).square().sum().backward()
+        optimizer.step()
+    optimizer.close()
+    assert staged == []
 
 
 def test_the_norm_is_clipped_by_the_server(memory_client: optserve.Client, new_id: NewId, staged: list[str]) -> None:
