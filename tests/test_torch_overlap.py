@@ -431,6 +431,16 @@ class TestAwaited:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             square.backward()
 
+    def test_what_came_is_not_taken_over_once_more(self) -> None:
+        """By then the script may have changed it."""
+        weight = nn.Parameter(torch.zeros(3))
+        arrival = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
+        arrival.arrived("weight", np.ones(3, np.float32))
+        with torch.no_grad():
+            weight.fill_(5.0)
+        arrival.arrived("weight", np.ones(3, np.float32))
+        assert weight.tolist() == [5.0] * 3
+
     def test_what_can_not_come_is_an_error_for_who_reads_it_until_it_is_pulled(self) -> None:
         weight, bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
         arrival = _awaited.Arrival({"weight": weight, "bias": bias}, ["weight", "bias"], learns=False)
@@ -479,6 +489,51 @@ def test_a_process_forked_right_after_a_step_has_its_parameters(model: nn.Module
 
     (forked,) = DataLoader(TensorDataset(torch.ones(1)), num_workers=1, multiprocessing_context="fork", collate_fn=sums)
     torch.testing.assert_close(forked, sums(None), rtol=0, atol=0)
+
+
+def add_group(optimizer: RemoteOptimizer) -> None:
+    optimizer.add_param_group({"params": [("another", nn.Parameter(torch.zeros(2)))]})
+
+
+def step_again(optimizer: RemoteOptimizer) -> None:
+    for tensor in optimizer.param_groups[0]["params"]:
+        tensor.grad = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "act", [RemoteOptimizer.pull, RemoteOptimizer.state_dict, RemoteOptimizer.close, add_group, step_again]
+)
+def test_nothing_else_is_asked_of_the_server_before_a_step_is_over(
+    act: Callable[[RemoteOptimizer], object],
+    model: nn.Module,
+    shared_memory_client: optserve.Client,
+    new_id: NewId,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes would else be newer or older than what is there, or be overwritten in shared memory while it is copied."""
+    waited_for = threading.Event()
+    arrived, wait_over = _awaited.Arrival.arrived, _awaited.Arrival.wait_over
+
+    def held(self: _awaited.Arrival, name: str, array: Any) -> None:
+        waited_for.wait()
+        arrived(self, name, array)
+
+    def noted(self: _awaited.Arrival) -> None:
+        waited_for.set()
+        wait_over(self)
+
+    monkeypatch.setattr(_awaited.Arrival, "arrived", held)
+    monkeypatch.setattr(_awaited.Arrival, "wait_over", noted)
+    optimizer = RemoteOptimizer(model.named_parameters(), shared_memory_client, new_id(), ADAM)
+    backward(model, 0)
+    optimizer.step()
+    arrival = optimizer._arrival
+    assert arrival is not None
+    assert not arrival._over
+    act(optimizer)
+    assert arrival._over
+    optimizer.close()
 
 
 def test_threads_read_parameters_as_they_come(model: nn.Module, optimizer: RemoteOptimizer) -> None:

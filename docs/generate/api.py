@@ -22,6 +22,7 @@ MODULES = {
     "interop": ("Moving in and out", ["optserve.interop.torch", "optserve.interop.optax", "optserve.interop.keras"]),
     "torch": ("PyTorch", ["optserve.torch"]),
     "jax": ("JAX", ["optserve.jax"]),
+    "keras": ("Keras", ["optserve.keras"]),
     "aio": ("asyncio", ["optserve.aio"]),
     "server": ("Server", ["optserve_server"]),
 }  # by page: its title, and the modules whose public names it has

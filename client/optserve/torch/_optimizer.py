@@ -54,8 +54,8 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
     `load_state_dict` takes what either has saved. Under torchrun, the worker's name is its rank (`RANK`).
 
     With `overlap`, gradients are sent while backward computes others, and parameters come back while the script goes on: each
-    torch function that reads one waits for it. `max_norm` clips gradients on the server, by their global norm; to do so in the
-    script after backward makes them travel twice.
+    torch function that reads one waits for it. `max_norm` clips gradients on the server, by their global norm: what the script
+    changes after backward can't be sent before.
 
     Raises what `create_parameter_set` raises.
     """
