@@ -132,7 +132,7 @@ class Session:
     def stage(self, gradients: Arrays, expected: Sequence[str]) -> None:
         """Send gradients of the next push ahead of it, where there is a stream to do so; raises TensorMismatch."""
         with self._turn():
-            if self._stream is None or self._closed or self._ledger.unsettled is not None:
+            if self._stream is None or self._closed:
                 return
             specs = {spec.name: spec for spec in self._tensors}
             self._check_staged(gradients, expected, specs)
