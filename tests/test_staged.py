@@ -15,7 +15,7 @@ from optserve._session import MOST_AHEAD, Session
 from optserve._specification import Run, TensorSpec
 from optserve._wire import Frame, Payload
 from optserve.v1 import step_pb2
-from optserve_server import Server
+from optserve_server import Config, Server
 from optserve_server.engine.push import Declared
 from proxy import Proxy
 
@@ -56,12 +56,15 @@ def test_whatever_is_staged_in_whatever_order_the_push_is_what_it_is_given(
 ) -> None:
     staged, plain = pair
 
-    @given(moves, st.integers(0, 3), st.sampled_from([1.0, 4.0]), st.booleans())
-    def hold(order: list[tuple[str, int]], seed: int, loss_scale: float, pulls: bool) -> None:
+    @given(
+        moves, st.sets(st.sampled_from(sorted(SIZES))), st.integers(0, 3), st.sampled_from([1.0, 4.0]), st.booleans()
+    )
+    def hold(order: list[tuple[str, int]], exchanged: set[str], seed: int, loss_scale: float, pulls: bool) -> None:
         pushed = {name: array.copy() for name, array in gradients(seed).items()}
         for name, other in order:
             pushed[name] = gradients(other)[name]  # each is another array
             staged.stage({name: pushed[name]}, expected=list(SIZES))
+        pushed |= {name: gradients(9)[name] for name in exchanged}
         if pulls:
             staged.pull()  # between the push's beginning and its end
         options: dict[str, Any] = {"loss_scale": loss_scale, "hyperparameters": {"default": {"lr": 1e-3 * (seed + 1)}}}
@@ -91,6 +94,20 @@ def test_a_push_of_other_tensors_than_expected_is_that_push(
     staged.stage({"b": pushed["b"]}, expected=list(SIZES))
     fewer = {"b": pushed["b"], "a": pushed["a"]}
     assert same(staged.step(fewer), plain.step(fewer))
+
+
+def test_a_push_that_begins_anew_takes_no_room_twice(new_id: NewId) -> None:
+    room = 3 * sum(SIZES.values()) * 4 // 2  # bytes: one push and a half
+    with (
+        Server(Config(listen="127.0.0.1:0", max_bytes_in_flight=room)) as server,
+        optserve.Client(server.address, transport="stream", timeout=5.0) as client,
+    ):
+        weights = created(client, new_id)
+        weights.step(gradients(0))
+        pushed = gradients(1)
+        weights.stage(pushed, expected=list(SIZES))
+        weights.stage({"b": pushed["b"]}, expected=["b", "c"])
+        assert weights.push({"c": pushed["c"], "b": pushed["b"]}).version == 2
 
 
 def test_what_is_sent_ahead_again_and_again_stays_within_what_a_server_takes(
