@@ -104,10 +104,11 @@ def test_a_push_that_begins_anew_takes_no_room_twice(new_id: NewId) -> None:
     ):
         weights = created(client, new_id)
         weights.step(gradients(0))
-        pushed = gradients(1)
+        pushed, stream = gradients(1), weights._session._stream
         weights.stage(pushed, expected=list(SIZES))
         weights.stage({"b": pushed["b"]}, expected=["b", "c"])
         assert weights.push({"c": pushed["c"], "b": pushed["b"]}).version == 2
+        assert weights._session._stream is stream  # nobody was told to try again
 
 
 def test_what_is_sent_ahead_again_and_again_stays_within_what_a_server_takes(
