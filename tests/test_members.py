@@ -108,10 +108,13 @@ def test_a_worker_that_comes_to_a_barrier_again_over_another_connection_has_come
     epoch = first.answer().opened.epoch
     first.send(barrier=0)
     until(lambda: arrived(parameter_set) == ["back"])
+    (before,) = parameter_set._barrier._arrived.values()
     second = opened(set_id, "back", epoch, join=True)
     second.answer()
     second.send(barrier=0)
-    until(lambda: arrived(parameter_set) == ["back"])
+    until(
+        lambda: parameter_set._barrier._arrived.get("back", before) != before
+    )  # whether the first has gone yet or not
     with pytest.raises(grpc.RpcError, match="opened a newer stream"):
         first.answer()
     assert arrived(parameter_set) == ["back"]
