@@ -3,7 +3,10 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.models import Convolutions, Transformer, backward, inputs_of, made
+from benchmarks.models import Convolutions, Transformer, backward, inputs_of, loss_of, made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -125,6 +128,43 @@ def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step(closure)
 
 
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A GradScaler divides gradients in a way that does not count their versions."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step % 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def changed_unseen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        if step % 3 == 2:
+            for tensor in model.parameters():
+                if tensor.grad is not None:
+                    tensor.grad.data.mul_(0.5)
+        optimizer.step()
+
+
+def refused_by_its_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step that is refused before anything is sent, and made once the gradients are others."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = 10**400
+        with pytest.raises(optserve.InvalidHyperparameter):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+
 def frozen_in_the_middle(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     first = next(model.parameters())
     for step in range(STEPS):
@@ -135,7 +175,10 @@ def frozen_in_the_middle(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 LOOPS = [plain, clipped, clipped_at_times, in_place, accumulated, with_rates, partial, skipped, with_closure]
-LOOPS += [frozen_in_the_middle]
+LOOPS += [frozen_in_the_middle, scaled, changed_unseen, refused_by_its_rate]
+
+
+NOT_AHEAD = (clipped, scaled, refused_by_its_rate)  # since all gradients are changed after their hooks
 
 
 @pytest.mark.parametrize("kind", [Convolutions, Transformer])
@@ -148,7 +191,7 @@ def test_parameters_are_the_same_bits(
         staged.clear()
         optimizer = RemoteOptimizer(model.named_parameters(), client, new_id(), ADAM, overlap=overlap)
         loop(model, optimizer)
-        assert bool(staged) is (overlap and loop is not clipped)
+        assert bool(staged) is (overlap and loop not in NOT_AHEAD)
         optimizer.close()
     for one, two in zip(*(model.parameters() for model in models), strict=True):
         assert type(one) is nn.Parameter
@@ -240,7 +283,7 @@ def test_the_norm_is_clipped_by_the_server(memory_client: optserve.Client, new_i
     clipping = RemoteOptimizer(models[1].named_parameters(), memory_client, new_id(), ADAM, max_norm=0.1)
     plain(models[1], clipping)
     assert len(staged) == (STEPS - 1) * len(names_of(models[1]))
-    clipping.wait()
+    clipping.close()
     for one, two in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-8)
     with pytest.raises(optserve.InvalidTransform, match="either max_norm or transforms that clip"):
@@ -305,6 +348,7 @@ def test_parameters_are_asked_for_in_the_order_of_their_use(
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
     assert asked[0] == ["last.weight", "last.bias", "first.weight", "first.bias"]
+    optimizer.close()
     assert asked[1] == asked[2] == ["first.weight", "first.bias", "last.weight", "last.bias"]
 
 
@@ -334,6 +378,86 @@ def test_a_compiled_model_is_compiled_once_and_its_gradients_overlap(
     assert not compiler["graph_break"]
 
 
+def test_a_model_that_is_compiled_after_a_step_is_compiled_whole(
+    optimizer: RemoteOptimizer, model: nn.Module, compiler: Any
+) -> None:
+    plain(model, optimizer)
+    inputs, _ = inputs_of(model, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are hooks of all modules
+        torch.compile(model, backend="eager", fullgraph=True)(inputs)
+    assert compiler["stats"]["unique_graphs"] == 1
+    assert not compiler["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_evaluates_as_it_does_without(new_id: NewId, memory_client: optserve.Client) -> None:
+    """torch takes a faster way then, which leaves out padding, if all parameters are of the usual class."""
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[:, 4:] = True
+    seen = []
+    for overlap in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        model = nn.TransformerEncoder(layer, 2)
+        inputs = torch.randn(2, 6, 16)
+        optimizer = RemoteOptimizer(model.named_parameters(), memory_client, new_id(), ADAM, overlap=overlap)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.train()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                seen.append(model(inputs, src_key_padding_mask=mask))
+        optimizer.close()
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_what_a_set_does_not_take_is_said_by_step_and_not_in_backward(
+    model: nn.Module, optimizer: RemoteOptimizer
+) -> None:
+    plain(model, optimizer)
+    model.float()
+    optimizer.zero_grad()
+    images, classes = inputs_of(model, 0)
+    torch.nn.functional.cross_entropy(model(images.float()), classes).backward()
+    with pytest.raises(optserve.TensorMismatch):
+        optimizer.step()
+    model.double()
+    optimizer.pull()
+    plain(model, optimizer)
+
+
+def test_a_thread_that_can_not_start_keeps_nobody_waiting(
+    model: nn.Module, optimizer: RemoteOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    backward(model, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            optimizer.step()
+    plain(model, optimizer)
+
+
+def test_a_script_that_ends_right_after_a_step_ends_well(server: Server, new_id: NewId) -> None:
+    script = f"""
+import torch
+from optserve import optim
+from optserve.torch import RemoteOptimizer
+model = torch.nn.Linear(1000, 1000)
+optimizer = RemoteOptimizer(model.named_parameters(), {server.address!r}, {new_id()!r}, optim.SGD())
+model(torch.ones(1, 1000)).sum().backward()
+optimizer.step()
+"""
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", script], timeout=50).returncode == 0
+
+
 class TestAwaited:
     """Parameters of which the elements come when somebody waits for them, and not before: reads the old ones who does not."""
 
@@ -341,13 +465,18 @@ class TestAwaited:
     def weight(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Parameter]:
         weight = nn.Parameter(torch.zeros(3))
         arrival = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
-        wait = _awaited.Arrival.wait
 
-        def come(self: _awaited.Arrival, *names: str) -> None:
-            self.arrived("weight", np.ones(3, np.float32))
-            wait(self, *names)
+        def bringing(way: Callable[..., None]) -> Callable[..., None]:
+            def come(self: _awaited.Arrival, *names: str) -> None:
+                bringer = threading.Thread(target=self.arrived, args=("weight", np.ones(3, np.float32)))
+                bringer.start()
+                bringer.join()
+                way(self, *names)
 
-        monkeypatch.setattr(_awaited.Arrival, "wait", come)
+            return come
+
+        for way in (_awaited.Arrival.wait, _awaited.Arrival.settle):
+            monkeypatch.setattr(_awaited.Arrival, way.__name__, bringing(way))
         assert isinstance(weight, nn.Parameter)
         yield weight
         arrival.finish()
@@ -431,6 +560,40 @@ class TestAwaited:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             square.backward()
 
+    @pytest.mark.parametrize("transformed", [torch.func.grad, torch.func.vmap, torch.func.jacrev])
+    def test_function_transforms(self, transformed: Callable[..., Any], weight: nn.Parameter) -> None:
+        assert transformed(lambda tensor: (tensor * tensor).sum())(weight).sum() != 0
+
+    def test_another_parameter_of_it(self, weight: nn.Parameter) -> None:
+        assert nn.Parameter(weight).tolist() == [1.0] * 3
+        assert type(weight.detach()) is torch.Tensor
+
+    def test_another_class_has_its_say(self, weight: nn.Parameter) -> None:
+        class Marked(torch.Tensor):
+            pass
+
+        assert type(torch.ones(3).as_subclass(Marked) * weight) is Marked
+
+    def test_two_arrivals_of_one_parameter_are_not_taken_for_each_other(self) -> None:
+        weight = nn.Parameter(torch.zeros(3))
+        first = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
+        first.arrived("weight", np.ones(3, np.float32))
+        second = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
+        first.finish()
+        first.forget()
+        assert type(weight) is _awaited.Awaited
+        second.arrived("weight", np.full(3, 2, np.float32))
+        assert weight.tolist() == [2.0] * 3
+
+    def test_nothing_is_left_of_it(self) -> None:
+        hooks = torch.nn.modules.module._global_forward_pre_hooks
+        before = len(hooks), torch._functorch.vmap._add_batch_dim
+        weight = nn.Parameter(torch.zeros(3))
+        arrival = _awaited.Arrival({"weight": weight}, ["weight"], learns=False)
+        assert len(hooks) == before[0] + 1
+        arrival.arrived("weight", np.ones(3, np.float32))
+        assert before == (len(hooks), torch._functorch.vmap._add_batch_dim)
+
     def test_what_came_is_not_taken_over_once_more(self) -> None:
         """By then the script may have changed it."""
         weight = nn.Parameter(torch.zeros(3))
@@ -513,18 +676,18 @@ def test_nothing_else_is_asked_of_the_server_before_a_step_is_over(
 ) -> None:
     """What comes would else be newer or older than what is there, or be overwritten in shared memory while it is copied."""
     waited_for = threading.Event()
-    arrived, wait_over = _awaited.Arrival.arrived, _awaited.Arrival.wait_over
+    arrived, wait, wait_over = _awaited.Arrival.arrived, _awaited.Arrival.wait, _awaited.Arrival.wait_over
 
     def held(self: _awaited.Arrival, name: str, array: Any) -> None:
         waited_for.wait()
         arrived(self, name, array)
 
-    def noted(self: _awaited.Arrival) -> None:
-        waited_for.set()
-        wait_over(self)
+    def noted(way: Callable[[_awaited.Arrival], Any]) -> Callable[[_awaited.Arrival], Any]:
+        return lambda self: (waited_for.set(), way(self))[1]
 
     monkeypatch.setattr(_awaited.Arrival, "arrived", held)
-    monkeypatch.setattr(_awaited.Arrival, "wait_over", noted)
+    monkeypatch.setattr(_awaited.Arrival, "wait", noted(wait))
+    monkeypatch.setattr(_awaited.Arrival, "wait_over", noted(wait_over))
     optimizer = RemoteOptimizer(model.named_parameters(), shared_memory_client, new_id(), ADAM)
     backward(model, 0)
     optimizer.step()

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from optserve._errors import OptserveError
 from optserve._rows import RowSparse
 from optserve.interop._building import Array
 from optserve.torch._tensors import HostCopies, as_gradient
 
 BUCKET = 4 << 20  # bytes of gradients that are sent together
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 Stage = Callable[[Mapping[str, Array], Sequence[str]], None]
 
@@ -24,11 +27,26 @@ class Taken(NamedTuple):
 
     gradient: torch.Tensor
     version: int
+    checksum: torch.Tensor
     array: Array | None
 
+    @classmethod
+    def of(cls, gradient: torch.Tensor, array: Array | None) -> "Taken":
+        """A gradient as it is now."""
+        return cls(gradient, gradient._version, checksum(gradient), array)
+
     def is_still(self, gradient: torch.Tensor) -> bool:
-        """Whether this is that gradient, and nothing has written to it since that torch knows of."""
-        return self.gradient is gradient and self.version == gradient._version
+        """Whether this is that gradient, with the same elements: not all that writes to tensors counts their versions."""
+        same = self.gradient is gradient and self.version == gradient._version
+        return same and bool(self.checksum == checksum(gradient))
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's memory as integers, modulo 2⁶⁴, where the tensor is: as fast as that can be read."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous() and tensor.nbytes % 8 == 0:
+        return tensor.view(-1).view(torch.int64).sum()
+    return tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 class GradientHooks:
@@ -68,7 +86,7 @@ class GradientHooks:
     def pushed(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, Array | RowSparse]:
         """What a step pushes of these gradients; those that were staged, and have changed since, are staged again."""
         with self._lock:
-            self._send()
+            self._send_bucket()
             taken = {name: self._taken[name] for name in gradients if name in self._taken}
             still = {name for name, each in taken.items() if each.is_still(gradients[name])}
             self._steady = self._steady - set(taken) | still
@@ -83,9 +101,17 @@ class GradientHooks:
                 if name in staged and name not in still and not isinstance(array, RowSparse)
             }
             if changed:
-                self._stage(changed, self._expected)
-            self._expect(pushed)
+                self._send(changed)
             return pushed
+
+    def accepted(self, pushed: Mapping[str, Array | RowSparse]) -> None:
+        """The step was made. The next will be as this was, unless it has gradients of some rows: they are others every time."""
+        with self._lock:
+            sparse = any(isinstance(array, RowSparse) for array in pushed.values())
+            self._expected = [] if sparse else list(pushed)
+            self._passes = max(self._counts.values(), default=1)
+            self._counts.clear()
+            self._taken.clear()
 
     def remove(self) -> None:
         """Call nothing any more."""
@@ -103,23 +129,21 @@ class GradientHooks:
             array = None
             if name in self._steady and name in self._expected:
                 array = self._bucket[name] = self._copies.begin(name, gradient)
-            self._taken[name] = Taken(gradient, gradient._version, array)
+            self._taken[name] = Taken.of(gradient, array)
             if sum(each.nbytes for each in self._bucket.values()) >= BUCKET:
-                self._send()
+                self._send_bucket()
 
-    def _send(self) -> None:
+    def _send_bucket(self) -> None:
         if self._bucket:
             self._copies.wait()
-            self._stage(self._bucket, self._expected)
-            self._bucket = {}
+            bucket, self._bucket = self._bucket, {}
+            self._send(bucket)
 
-    def _expect(self, pushed: Mapping[str, Array | RowSparse]) -> None:
-        """The next step will be as this one; unless it has gradients of some rows, which are others every time."""
-        sparse = any(isinstance(array, RowSparse) for array in pushed.values())
-        self._expected = [] if sparse else list(pushed)
-        self._passes = max(self._counts.values(), default=1)
-        self._counts.clear()
-        self._taken.clear()
+    def _send(self, gradients: Mapping[str, Array]) -> None:
+        try:
+            self._stage(gradients, self._expected)
+        except OptserveError:
+            self._expected = []  # send nothing more ahead: of what is wrong the push says the same
 
 
 def _call(accumulated: "weakref.WeakMethod[Any]", name: str, tensor: torch.Tensor) -> None:

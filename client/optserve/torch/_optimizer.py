@@ -1,8 +1,11 @@
 """A `torch.optim.Optimizer` whose state and arithmetic are a server's."""
 
+import atexit
+import contextlib
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -39,6 +42,9 @@ from optserve.torch._tensors import as_gradient, assign, digest
 
 HANDLE = ("push_format", "pull_format", "replay_window_bytes")  # options of a worker's handle, not of the set
 WORTH_AWAITING = 1 << 20  # bytes of parameters: below, a thread costs more than it saves
+FAREWELL = 5.0  # seconds that a process which ends waits at most for a step under way
+
+_open: "weakref.WeakSet[RemoteOptimizer]" = weakref.WeakSet()
 
 
 class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any to who has not installed it
@@ -106,6 +112,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         except BaseException:
             self.close()
             raise
+        _open.add(self)
 
     def __repr__(self) -> str:
         return f"RemoteOptimizer({self._id!r}, {self._optimizer!r})"
@@ -145,8 +152,10 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         gradients = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
         if gradients:
             self._given = None
-            changes = self._changes()
-            self._receipt = self._exchange(tensors, self._pushed(gradients), changes)
+            changes, pushed = self._changes(), self._pushed(gradients)
+            self._receipt = self._exchange(tensors, pushed, changes)
+            if self._hooks is not None:
+                self._hooks.accepted(pushed)
             for group, values in changes.items():
                 self._sent[group].update(values)
         return loss
@@ -159,6 +168,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         """Wait until all parameters of the last step are there, for who reads them past torch; raises what keeps them away."""
         if self._arrival is not None:
             self._arrival.wait()
+            self._end_arrival()
 
     def pull(self) -> None:
         """Let the parameters be what the server has, without a push."""
@@ -167,7 +177,7 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
 
     def state_dict(self) -> dict[str, Any]:
         """As that of the `torch.optim` optimizer of the same name, with the state that the server has."""
-        self._end_arrival()
+        self.wait()
         tensors = list(self._tensors.values())
         state = interop.state_dict(self.weights.state(), *self._names)["state"]
         kept = {tensors[index]: values for index, values in state.items()}
@@ -210,14 +220,17 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
         self._recreate(lambda: replace(state, groups=tuple(map(self._scheduled, state.groups))))
 
     def close(self) -> None:
-        """End the connection, if the optimizer has made it."""
-        self._end_arrival()
-        if self._hooks is not None:
-            self._hooks.remove()
-        if self._weights is not None:
-            self._weights.close()
-        if self._owns_client:
-            self._client.close()
+        """End the connection, if the optimizer has made it; raises what keeps the last step's parameters away."""
+        _open.discard(self)
+        try:
+            self.wait()
+        finally:
+            if self._hooks is not None:
+                self._hooks.remove()
+            if self._weights is not None:
+                self._weights.close()
+            if self._owns_client:
+                self._client.close()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; once there is a set, it is made anew with more tensors, as by `load_state_dict`."""
@@ -331,7 +344,11 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             copy=False,
             listener=arrival,
         )
-        threading.Thread(target=_arrive, args=(arrival, step), name="optserve-arrival", daemon=True).start()
+        try:
+            threading.Thread(target=_arrive, args=(arrival, step), name="optserve-arrival", daemon=True).start()
+        except BaseException as error:
+            arrival.finish(error)
+            raise
         return arrival.receipt()
 
     def _end_arrival(self) -> None:
@@ -360,6 +377,15 @@ class RemoteOptimizer(torch.optim.Optimizer):  # type: ignore[misc]  # torch is 
             count += len(numbers)
             packed.append({**hyperparameters_of(group, self._optimizer), "name": name, "params": numbers})
         return packed
+
+
+@atexit.register
+def _close_all() -> None:
+    """Connections that are receiving when the interpreter ends would take it down."""
+    for optimizer in list(_open):
+        if optimizer._arrival is None or optimizer._arrival.wait_over(FAREWELL):
+            with contextlib.suppress(OptserveError):
+                optimizer.close()
 
 
 def _arrive(arrival: Arrival, step: Callable[[], Parameters]) -> None:

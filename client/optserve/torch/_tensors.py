@@ -65,7 +65,9 @@ def assign(tensor: torch.Tensor, array: Array) -> None:
     else:
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         np.copyto(as_array(staged), array)
-        tensor.copy_(staged, non_blocking=True)
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)  # who reads what was there before, on whatever stream
+        tensor.copy_(staged)
 
 
 def digest(*values: Any) -> bytes:
