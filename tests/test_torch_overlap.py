@@ -444,6 +444,29 @@ def test_a_thread_that_can_not_start_keeps_nobody_waiting(
     plain(model, optimizer)
 
 
+def test_what_kept_parameters_away_is_raised_to_who_saves_or_closes_and_not_after_others_came(
+    model: nn.Module, optimizer: RemoteOptimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = _awaited.Arrival.arrived
+
+    def stopped(self: _awaited.Arrival, name: str, array: Any) -> None:
+        if name == "head.weight":
+            raise optserve.DeadlineExceeded("too late")
+        arrived(self, name, array)
+
+    backward(model, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(_awaited.Arrival, "arrived", stopped)
+        optimizer.step()
+        for raising in (optimizer.wait, optimizer.state_dict, model.head.weight.sum):
+            with pytest.raises(optserve.DeadlineExceeded, match="too late"):
+                raising()
+    optimizer.pull()
+    assert type(model.head.weight) is nn.Parameter
+    np.testing.assert_array_equal(model.head.weight.detach(), optimizer.weights.pull()["head.weight"])
+    plain(model, optimizer)
+
+
 def test_a_script_that_ends_right_after_a_step_ends_well(server: Server, new_id: NewId) -> None:
     script = f"""
 import torch
