@@ -297,6 +297,29 @@ def test_the_norm_is_clipped_by_the_server(memory_client: optserve.Client, new_i
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_checksum_of_a_gradient_sees_any_element(dtype: torch.dtype) -> None:
+    """Wherever it lies: DDP's gradients are parts of a buffer, others lie in another order."""
+    memory = torch.arange(1, 65).to(dtype)
+    parts = [
+        memory[:0],
+        memory[0],
+        memory[:24],
+        memory[3:24],
+        memory[1:25].view(4, 6),
+        memory[1:25].view(4, 6).T,
+        memory[::3],
+    ]
+    for part in parts:
+        before = _hooks.checksum(part)
+        assert before == _hooks.checksum(part)
+        for place in np.ndindex(*part.shape):
+            kept = part[place].clone()
+            part[place] = 0
+            assert before != _hooks.checksum(part)
+            part[place] = kept
+
+
 def test_a_refused_push_is_refused_by_step_and_leaves_everything(model: nn.Module, optimizer: RemoteOptimizer) -> None:
     plain(model, optimizer)
     optimizer.zero_grad()
